@@ -1,0 +1,1 @@
+"""Job files: one YAML, checked before a cluster is touched."""

@@ -1,0 +1,1 @@
+"""From pictures to shards, and from shards to an ordered stream of training batches."""

@@ -1,0 +1,169 @@
+"""The format at rest: Parquet shards and a manifest.
+
+A data set is a folder of `shard-00000.parquet`, … and `manifest.json`. The manifest is written
+last and once; a folder without it is not a data set. A shard holds one picture a row; its row
+groups (a few MB) are the unit of a range read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from functools import cached_property, lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from eagleray import storage
+from eagleray.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),  # stable name of the picture within its source
+        pa.field("image", pa.binary()),  # encoded bytes, as in the source unless re-encoded
+        pa.field("label", pa.int32()),  # index into the manifest's classes
+        pa.field("width", pa.int32()),  # pixels, as displayed (EXIF orientation applied)
+        pa.field("height", pa.int32()),
+    ]
+)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardInfo(_Record):
+    path: str
+    """Relative to the data set's URI."""
+    rows: int
+    size_bytes: int
+    sha256: str
+    row_group_rows: list[int]
+    class_counts: dict[str, int]
+    """Class name → rows; classes without a row in this shard are absent."""
+
+
+class RefusedImage(_Record):
+    key: str
+    reason: str
+
+
+class Manifest(_Record):
+    """What a data set holds. Two data sets with the same digest hold the same bytes in the same order."""
+
+    schema_version: int = SCHEMA_VERSION
+    classes: list[str]
+    shards: list[ShardInfo]
+    source: str
+    """URI and settings it was made from, for people and lineage."""
+    split: str = "all"
+    refused: list[RefusedImage] = []
+    """Pictures that could not be read; capped in number, see `num_refused`."""
+    num_refused: int = 0
+
+    @cached_property
+    def num_rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over everything but the source's address: the identity of the data itself."""
+        return hashlib.sha256(self.model_dump_json(exclude={"source"}).encode()).hexdigest()
+
+    @cached_property
+    def class_counts(self) -> dict[str, int]:
+        counts = dict.fromkeys(self.classes, 0)
+        for shard in self.shards:
+            for name, rows in shard.class_counts.items():
+                counts[name] += rows
+        return counts
+
+
+def manifest_uri(uri: str) -> str:
+    return storage.join(uri, MANIFEST_NAME)
+
+
+def load_manifest(uri: str) -> Manifest:
+    """Read the manifest of the data set at `uri`.
+
+    Raises:
+        DataError: there is no data set, or its manifest is damaged or of a newer version.
+        StorageError: the store cannot be reached.
+    """
+    if not storage.exists(manifest_uri(uri)):
+        raise DataError(f"'{uri}': no data set there (no {MANIFEST_NAME}); make one with `eagleray ingest SOURCE {uri}`")
+    try:
+        manifest = Manifest.model_validate_json(storage.read_bytes(manifest_uri(uri)))
+    except ValidationError as error:
+        raise DataError(f"'{manifest_uri(uri)}': damaged or of another version ({error.error_count()} problems); ingest again") from None
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise DataError(
+            f"'{manifest_uri(uri)}': written by a newer eagleray (format {manifest.schema_version}, this one reads {SCHEMA_VERSION}); upgrade"
+        )
+    return manifest
+
+
+def encode_shard(path: str, rows: list[dict[str, Any]], row_group_bytes: int, classes: list[str]) -> tuple[bytes, ShardInfo]:
+    """Return the bytes of a shard and its entry in the manifest.
+
+    Pictures are compressed already, so that pages are stored plain.
+    """
+    sink = io.BytesIO()
+    row_group_rows: list[int] = []
+    with pq.ParquetWriter(sink, SHARD_SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as writer:
+        for group in _row_groups(rows, row_group_bytes):
+            writer.write_table(pa.Table.from_pylist(group, schema=SHARD_SCHEMA), row_group_size=len(group))
+            row_group_rows.append(len(group))
+    data = sink.getvalue()
+    counts: dict[str, int] = {}
+    for row in rows:
+        name = classes[row["label"]]
+        counts[name] = counts.get(name, 0) + 1
+    info = ShardInfo(
+        path=path,
+        rows=len(rows),
+        size_bytes=len(data),
+        sha256=storage.sha256_hex(data),
+        row_group_rows=row_group_rows,
+        class_counts=dict(sorted(counts.items())),
+    )
+    return data, info
+
+
+def _row_groups(rows: list[dict[str, Any]], row_group_bytes: int) -> list[list[dict[str, Any]]]:
+    groups: list[list[dict[str, Any]]] = [[]]
+    size = 0
+    for row in rows:
+        if size >= row_group_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(row)
+        size += len(row["image"])
+    return [group for group in groups if group]
+
+
+def read_row_group(dataset_uri: str, shard_path: str, row_group: int) -> pa.Table:
+    """Read one row group (a range read) as a table of `SHARD_SCHEMA`.
+
+    Raises:
+        DataError: the shard is missing or damaged; names it.
+    """
+    uri = storage.join(dataset_uri, shard_path)
+    try:
+        return _open_shard(uri).read_row_group(row_group, use_threads=False)
+    except FileNotFoundError:
+        raise DataError(f"'{uri}': the shard is missing though the manifest lists it; ingest again") from None
+    except (pa.ArrowException, OSError, IndexError) as error:
+        _open_shard.cache_clear()
+        raise DataError(f"'{uri}': row group {row_group} cannot be read ({' '.join(str(error).split())[:200]}); run `eagleray data verify {dataset_uri}`") from error
+
+
+@lru_cache(maxsize=64)
+def _open_shard(uri: str) -> pq.ParquetFile:
+    filesystem, path = storage.open_uri(uri)
+    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)

@@ -1,0 +1,112 @@
+"""Ordered batches of one rank, streamed by Ray Data.
+
+A task decodes one window of the plan (see `window`), anywhere in the cluster; Ray Data's back-pressure
+bounds what lies ready. All epochs are one stream: the next epoch's first batches are made while this
+one is being validated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eagleray.data.window import WindowDecoder
+
+WINDOWS_PER_EXECUTION = 500
+"""Windows handed to one Ray Data execution; a longer stream is several executions."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        images: uint8 [B, S, S, 3].
+        targets: int64 [B].
+        is_valid: bool [B]; False where a row fills up the epoch's last batch or stands in for a bad picture.
+        sample_ids: int64 [B], places in the manifest's order.
+        is_bad: bool [B]; the picture could not be decoded.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    is_valid: torch.Tensor
+    sample_ids: NDArray[np.int64]
+    is_bad: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class DecodeResources:
+    """What one rank's stream may use: `tasks` at a time, each of `cpus` logical CPUs."""
+
+    tasks: int = 1
+    cpus: float = 1.0
+
+
+class BatchStream:
+    """One rank's batches, epoch after epoch, in the plan's order.
+
+    Iterate epochs with `epochs`; each gives an iterator of its batches.
+    """
+
+    def __init__(self, decoder: WindowDecoder, rank: int, world_size: int, resources: DecodeResources) -> None:
+        self.decoder = decoder
+        self.rank = rank
+        self.world_size = world_size
+        self.resources = resources
+
+    def epochs(self, first_epoch: int, last_epoch: int, first_step: int = 0) -> Iterator[Iterator[Batch]]:
+        """Yield one iterator of batches for each epoch in [first_epoch, last_epoch).
+
+        Args:
+            first_step: global batches of the first epoch that were seen already.
+        """
+        batches = self._batches(first_epoch, last_epoch, first_step)
+        for epoch in range(first_epoch, last_epoch):
+            steps = self.decoder.plan.steps_per_epoch - (first_step if epoch == first_epoch else 0)
+            yield (next(batches) for _ in range(steps))
+
+    def _batches(self, first_epoch: int, last_epoch: int, first_step: int) -> Iterator[Batch]:
+        plan = self.decoder.plan
+        first_window, skipped = plan.window_of(first_step)
+        windows = [(epoch, window) for epoch in range(first_epoch, last_epoch) for window in range(plan.num_windows)][first_window:]
+        for start in range(0, len(windows), WINDOWS_PER_EXECUTION):
+            yield from self._execute(windows[start : start + WINDOWS_PER_EXECUTION], skipped if start == 0 else 0)
+
+    def _execute(self, windows: list[tuple[int, int]], skipped: int) -> Iterator[Batch]:
+        import ray.data
+
+        decoder, rank, world_size = self.decoder, self.rank, self.world_size
+
+        def decode(rows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
+            for place in rows["id"]:
+                epoch, window = windows[place]
+                yield from decoder.blocks(epoch, window, rank, world_size, skipped if place == 0 else 0)
+
+        dataset = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
+            decode, batch_size=None, num_cpus=self.resources.cpus, concurrency=self.resources.tasks
+        )
+        options = dataset.context.execution_options
+        options.preserve_order = True
+        options.verbose_progress = False
+        dataset.context.enable_progress_bars = False
+        dataset.context.print_on_execution_start = False
+        dataset.context.raise_original_map_exception = True
+        batch_size = self.decoder.plan.global_batch_size // self.world_size
+        with warnings.catch_warnings():
+            # Blocks are read from shared memory; nothing writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            for rows in dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2):
+                yield Batch(
+                    images=torch.from_numpy(rows["image"]),
+                    targets=torch.from_numpy(rows["label"]),
+                    is_valid=torch.from_numpy(rows["is_valid"]),
+                    sample_ids=rows["sample_id"],
+                    is_bad=rows["is_bad"],
+                )

@@ -1,0 +1,97 @@
+"""Reading and decoding one window of the plan: the work of a Ray Data task.
+
+Reading, decoding and cropping are one generator that goes through the window in the order in which its
+pictures will be used, so nothing but small uint8 blocks of finished batches leaves it. Torch is not
+imported here: these tasks start in worker processes that need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eagleray.config.schema import AugmentConfig
+from eagleray.data.plan import EpochPlan
+from eagleray.data.shards import read_row_group
+from eagleray.data.transforms import Preprocessing, decode_eval, decode_train
+from eagleray.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BLOCK_BYTES = 8_000_000
+"""Pixels per block: large enough to hide Ray's cost per block, small enough for a quick first batch."""
+
+READ_THREADS = 8
+"""Range reads in flight per task; they wait for the network, not for the CPU."""
+
+_GREY = 118
+"""Stands in for a picture that cannot be decoded: near zero once normalised."""
+
+
+@dataclass(frozen=True)
+class WindowDecoder:
+    """Reads and decodes one rank's part of a window.
+
+    `augment` None means evaluation: resize and centre crop.
+    """
+
+    uri: str
+    plan: EpochPlan
+    preprocessing: Preprocessing
+    augment: AugmentConfig | None
+
+    def blocks(self, epoch: int, window: int, rank: int, world_size: int, first_step: int = 0) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield blocks of whole batches, in order, from `first_step` of the window on.
+
+        Raises:
+            DataError: a shard is missing or damaged; names it.
+        """
+        steps = self.plan.rank_window(epoch, window, rank, world_size)
+        sample_ids, is_valid = steps.sample_ids[first_step:], steps.is_valid[first_step:]
+        tables = self._read(np.unique(self.plan.locate(sample_ids.ravel())[0]))
+        size = self.preprocessing.image_size
+        steps_per_block = max(1, BLOCK_BYTES // (sample_ids.shape[1] * size * size * 3))
+        for start in range(0, len(sample_ids), steps_per_block):
+            stop = start + steps_per_block
+            yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, tables)
+
+    def _read(self, groups: NDArray[np.int64]) -> dict[int, pa.Table]:
+        def read(group: int) -> pa.Table:
+            place = self.plan.row_groups[group]
+            return read_row_group(self.uri, place.shard_path, place.index)
+
+        if len(groups) == 1:
+            return {int(groups[0]): read(int(groups[0]))}
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return dict(zip(map(int, groups), pool.map(read, map(int, groups)), strict=True))
+
+    def _decode(
+        self, sample_ids: NDArray[np.int64], is_valid: NDArray[np.bool_], epoch: int, tables: dict[int, pa.Table]
+    ) -> dict[str, NDArray[Any]]:
+        size = self.preprocessing.image_size
+        images = np.full((len(sample_ids), size, size, 3), _GREY, np.uint8)
+        labels = np.zeros(len(sample_ids), np.int64)
+        is_bad = np.zeros(len(sample_ids), np.bool_)
+        groups, rows = self.plan.locate(sample_ids)
+        for i, (sample_id, group, row) in enumerate(zip(sample_ids, groups, rows, strict=True)):
+            table = tables[int(group)]
+            labels[i] = table["label"][int(row)].as_py()
+            try:
+                images[i] = self._image(table, int(row), epoch, int(sample_id))
+            except DataError:
+                is_bad[i] = True
+        return {"image": images, "label": labels, "sample_id": sample_ids, "is_valid": is_valid & ~is_bad, "is_bad": is_bad & is_valid}
+
+    def _image(self, table: pa.Table, row: int, epoch: int, sample_id: int) -> NDArray[np.uint8]:
+        data = table["image"][row].as_py()
+        if self.augment is None:
+            return decode_eval(data, self.preprocessing)
+        size = (table["width"][row].as_py(), table["height"][row].as_py())
+        rng = np.random.default_rng([self.plan.seed or 0, epoch, sample_id])
+        return decode_train(data, size, self.augment, self.preprocessing.image_size, rng)

@@ -1,0 +1,171 @@
+"""Every architecture by name, for any number of classes and any input size it can take.
+
+Names: `cnn`, `resnet_cifar`, `convnext_nano` (here), every torchvision classifier, or a user's
+`module:function`, called with `num_classes`, `image_size` and `model.params`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models as tv
+from torchvision.models.convnext import CNBlockConfig
+
+from eagleray.config.schema import ModelConfig
+from eagleray.errors import ConfigError, near_miss
+
+SMALL_INPUT = 64
+"""Up to this side (pixels) ResNets get a stem that keeps the resolution."""
+
+
+class CNN(nn.Module):
+    """Two conv/pool blocks and two linear layers; float [N, 3, S, S] → logits [N, classes], any S ≥ 4.
+
+    Pooling to 4×4 before the first linear layer makes the number of weights independent of S.
+    """
+
+    def __init__(self, num_classes: int, width: int = 32, hidden: int = 128, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(2 * width * 16, hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(self.features(images))
+        return logits
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+def _resnet_cifar(num_classes: int, depth: int = 20, width: int = 16) -> nn.Module:
+    """ResNet for small pictures, depth 6n + 2 (He et al. 2016, arXiv:1512.03385, section 4.2)."""
+    if depth < 8 or (depth - 2) % 6:
+        raise ConfigError(f"model.params.depth {depth}: resnet_cifar has 6n + 2 layers; use 8, 14, 20, 32, …")
+    blocks = (depth - 2) // 6
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    channels_in = width
+    for stage in range(3):
+        channels = width * 2**stage
+        for block in range(blocks):
+            layers.append(_BasicBlock(channels_in, channels, stride=2 if stage and not block else 1))
+            channels_in = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels_in, num_classes))
+
+
+def _convnext_nano(num_classes: int, width: int = 32, depth: int = 2, drop_path: float = 0.0) -> nn.Module:
+    """torchvision's ConvNeXt (Liu et al. 2022, arXiv:2201.03545) with two short stages, for small pictures."""
+    stages = [CNBlockConfig(width, 2 * width, depth), CNBlockConfig(2 * width, None, depth)]
+    return tv.ConvNeXt(stages, stochastic_depth_prob=drop_path, num_classes=num_classes)
+
+
+_OWN: dict[str, Callable[..., nn.Module]] = {"cnn": CNN, "resnet_cifar": _resnet_cifar, "convnext_nano": _convnext_nano}
+
+
+def model_names() -> list[str]:
+    """Return all names of the zoo, ours first."""
+    return [*_OWN, *tv.list_models(module=tv)]
+
+
+def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    """Build a network with random weights: float [N, 3, S, S] → logits [N, num_classes].
+
+    GoogLeNet and Inception v3 return their auxiliary logits besides while in training mode.
+
+    Raises:
+        ConfigError: unknown name, a parameter the architecture does not have, or an input it cannot take.
+    """
+    builder = _builder(config.name, image_size)
+    _check_params(config, builder)
+    try:
+        return builder(num_classes=num_classes, **config.params)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.params for '{config.name}': {error}") from error
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise ConfigError if `config` names no architecture or a parameter it does not have."""
+    _check_params(config, _builder(config.name, image_size=224))
+
+
+def _builder(name: str, image_size: int) -> Callable[..., nn.Module]:
+    if ":" in name:
+        return partial(_user_function(name), image_size=image_size)
+    if name in _OWN:
+        return _OWN[name]
+    if name not in tv.list_models(module=tv):
+        raise ConfigError(f"model.name '{name}' is not in the zoo{near_miss(name, model_names())}; or give module:function")
+    options: dict[str, Any] = {"weights": None}
+    if name.startswith("vit"):
+        options["image_size"] = image_size
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True
+    builder = partial(tv.get_model_builder(name), **options)
+    if isinstance_resnet(name) and image_size <= SMALL_INPUT:
+        return partial(_with_small_stem, builder)
+    return builder
+
+
+def isinstance_resnet(name: str) -> bool:
+    return name.startswith(("resnet", "resnext", "wide_resnet"))
+
+
+def _with_small_stem(builder: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    model = builder(**options)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _user_function(name: str) -> Callable[..., nn.Module]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"model.name '{name}': {error}; is it on PYTHONPATH?") from None
+    except AttributeError:
+        raise ConfigError(f"model.name '{name}': module '{module_name}' has no '{function_name}'") from None
+    return function
+
+
+def _check_params(config: ModelConfig, builder: Callable[..., nn.Module]) -> None:
+    while isinstance(builder, partial):
+        builder = builder.args[0] if builder.func is _with_small_stem else builder.func
+    parameters = inspect.signature(builder).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in config.params:
+        if key not in parameters:
+            raise ConfigError(f"model.params.{key}: '{config.name}' has no such parameter{near_miss(key, parameters)}")
