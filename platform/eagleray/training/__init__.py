@@ -1,0 +1,1 @@
+"""The training loop, its recipe, and its set-up on Ray Train."""

@@ -1,0 +1,231 @@
+"""One training run as one worker sees it. Read `train` top to bottom.
+
+The loop knows nothing of who runs it: Ray Train gives it a place among the ranks of a run
+(`trainer`), a search runs it as a trial (`tuning.trial`). It yields once an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from eagleray.config.schema import JobConfig
+from eagleray.data.plan import EpochPlan
+from eagleray.data.shards import Manifest, load_manifest
+from eagleray.data.stream import Batch, BatchStream, DecodeResources
+from eagleray.data.transforms import Preprocessing, normalize
+from eagleray.data.window import WindowDecoder
+from eagleray.errors import DataError, TrainingError
+from eagleray.models.zoo import build_model
+from eagleray.training.metrics import TimedBatches, Totals
+from eagleray.training.recipe import build_ema, build_optimizer, build_schedule, sample_losses
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A place among the workers of a run, and what it may use."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    threads: int
+    train_decode: DecodeResources
+    eval_decode: DecodeResources
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What the loop yields after each epoch; `state()` gives all that is needed to go on from here."""
+
+    epoch: int
+    metrics: dict[str, float]
+    state: Callable[[], dict[str, Any]]
+
+
+def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) -> Iterator[EpochEnd]:
+    """Train `job.model` on `job.data`, one epoch per step of the iterator.
+
+    Args:
+        resume: the state of an earlier `EpochEnd`, to go on after it; on any number of workers.
+
+    Raises:
+        DataError: shards are missing or damaged, or too many pictures are.
+        TrainingError: the loss is not finite any more.
+    """
+    set_up_process(job, worker)
+    manifest = load_manifest(job.data.train)
+    preprocessing = Preprocessing.of(job.data)
+
+    model = build_model(job.model, len(manifest.classes), job.data.image_size)
+    model.to(worker.device, memory_format=torch.channels_last)
+    ema = build_ema(model, job.train)
+    plan = EpochPlan.of(manifest, job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, job.seed)
+    optimizer = build_optimizer(model, job.train.optimizer)
+    schedule = build_schedule(optimizer, job.train.schedule, job.train.epochs, plan.steps_per_epoch)
+
+    first_epoch = 0
+    if resume is not None:
+        first_epoch = resume["epoch"] + 1
+        for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer), ("schedule", schedule)):
+            if part is not None:
+                part.load_state_dict(resume[name])
+    replica = _replicate(model, worker)
+    autocast = _autocast(job, worker.device)
+
+    decoder = WindowDecoder(job.data.train, plan, preprocessing, job.data.augment)
+    train_epochs = BatchStream(decoder, worker.rank, worker.world_size, worker.train_decode).epochs(first_epoch, job.train.epochs)
+    val_epochs = eval_stream(job, job.data.val, worker).epochs(first_epoch, job.train.epochs)
+
+    for epoch, train_batches, val_batches in zip(range(first_epoch, job.train.epochs), train_epochs, val_epochs, strict=True):
+        start = time.perf_counter()
+        batches = TimedBatches(train_batches)
+        totals = Totals(worker.device)
+        replica.train()
+        for step, batch in enumerate(batches):
+            losses = train_step(replica, batch, plan.num_valid(step), worker, job, preprocessing, autocast, totals)
+            _update(model, losses, optimizer, schedule, ema, job.train.grad_clip_norm)
+        metrics = totals.reduce("train")
+        train_s = time.perf_counter() - start
+        _check(metrics, manifest, job, epoch)
+
+        metrics |= evaluate(_evaluated(model, ema), val_batches, worker, preprocessing, autocast)
+        metrics |= {
+            "epoch": epoch,
+            "images_per_s": metrics["train_samples"] / train_s,
+            "data_wait_fraction": batches.wait_s / train_s,
+            "first_batch_s": batches.first_batch_s,
+            "epoch_s": time.perf_counter() - start,
+            "learning_rate": schedule.get_last_lr()[0],
+        }
+
+        def state(epoch: int = epoch) -> dict[str, Any]:
+            return {
+                "epoch": epoch,
+                "model": model.state_dict(),
+                "ema": ema.state_dict() if ema is not None else None,
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "weights": _evaluated(model, ema).state_dict(),
+            }
+
+        yield EpochEnd(epoch, metrics, state)
+
+
+def set_up_process(job: JobConfig, worker: Worker) -> None:
+    """Seed this process (all ranks alike, so that the replicas start equal) and set its threads."""
+    torch.manual_seed(job.seed)
+    torch.set_num_threads(worker.threads)
+    torch.use_deterministic_algorithms(job.train.deterministic)
+    torch.backends.cudnn.benchmark = not job.train.deterministic
+    torch.set_float32_matmul_precision("high")
+
+
+def train_step(
+    replica: nn.Module,
+    batch: Batch,
+    num_valid: int,
+    worker: Worker,
+    job: JobConfig,
+    preprocessing: Preprocessing,
+    autocast: AbstractContextManager[Any],
+    totals: Totals,
+) -> torch.Tensor:
+    """Forward one rank's part of a global batch; return its loss, scaled for the mean that DDP takes.
+
+    Args:
+        num_valid: samples of the global batch that count, over all ranks.
+    """
+    images, targets, is_valid = (
+        tensor.to(worker.device, non_blocking=True) for tensor in (batch.images, batch.targets, batch.is_valid)
+    )
+    with autocast:
+        losses, logits = sample_losses(replica(normalize(images, preprocessing)), targets, job.train.label_smoothing)
+    totals.add(losses, logits, targets, is_valid)
+    # DDP averages gradients over ranks; this makes that average the mean over all valid samples.
+    return (losses * is_valid).sum() * worker.world_size / num_valid
+
+
+def _update(
+    model: nn.Module,
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    ema: AveragedModel | None,
+    grad_clip_norm: float | None,
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if grad_clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip_norm)
+    optimizer.step()
+    schedule.step()
+    if ema is not None:
+        ema.update_parameters(model)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    worker: Worker,
+    preprocessing: Preprocessing,
+    autocast: AbstractContextManager[Any],
+    prefix: str = "val",
+) -> dict[str, float]:
+    """Return `{prefix}_loss`, `_top1`, `_top5` (fractions), exact over all ranks."""
+    model.eval()
+    totals = Totals(worker.device)
+    for batch in batches:
+        images, targets = batch.images.to(worker.device), batch.targets.to(worker.device)
+        with autocast:
+            losses, logits = sample_losses(model(normalize(images, preprocessing)), targets, label_smoothing=0.0)
+        totals.add(losses, logits, targets, batch.is_valid.to(worker.device))
+    return totals.reduce(prefix)
+
+
+def eval_stream(job: JobConfig, uri: str, worker: Worker) -> BatchStream:
+    """Return this rank's part of a split, unshuffled, for evaluation."""
+    plan = EpochPlan.of(load_manifest(uri), job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, seed=None)
+    decoder = WindowDecoder(uri, plan, Preprocessing.of(job.data), augment=None)
+    return BatchStream(decoder, worker.rank, worker.world_size, worker.eval_decode)
+
+
+def _replicate(model: nn.Module, worker: Worker) -> nn.Module:
+    if worker.world_size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[worker.device] if worker.device.type == "cuda" else None)
+
+
+def _evaluated(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
+    return ema.module if ema is not None else model
+
+
+def _autocast(job: JobConfig, device: torch.device) -> AbstractContextManager[Any]:
+    bf16 = job.train.precision == "bf16" or (
+        job.train.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def _check(metrics: dict[str, float], manifest: Manifest, job: JobConfig, epoch: int) -> None:
+    if not math.isfinite(metrics["train_loss"]):
+        raise TrainingError(
+            f"the training loss is {metrics['train_loss']} after epoch {epoch + 1}; lower train.optimizer.lr "
+            f"({job.train.optimizer.lr}), lengthen train.schedule.warmup_epochs or set train.grad_clip_norm"
+        )
+    num_bad = manifest.num_rows - round(metrics["train_samples"])
+    if num_bad > job.data.max_bad_fraction * manifest.num_rows:
+        raise DataError(
+            f"'{job.data.train}': {num_bad} of {manifest.num_rows} pictures could not be decoded in epoch {epoch + 1}, more than "
+            f"data.max_bad_fraction ({job.data.max_bad_fraction:.2%}) allows; run `eagleray data verify {job.data.train}`"
+        )
