@@ -147,23 +147,28 @@ def _row_groups(rows: list[dict[str, Any]], row_group_bytes: int) -> list[list[d
     return [group for group in groups if group]
 
 
-def read_row_group(dataset_uri: str, shard_path: str, row_group: int) -> pa.Table:
-    """Read one row group (a range read) as a table of `SHARD_SCHEMA`.
+def read_row_groups(dataset_uri: str, shard_path: str, row_groups: list[int]) -> list[pa.Table]:
+    """Read row groups of one shard (range reads) as tables of `SHARD_SCHEMA`, in the order asked for.
+
+    Not to be called for one shard from several threads at once.
 
     Raises:
         DataError: the shard is missing or damaged; names it.
     """
     uri = storage.join(dataset_uri, shard_path)
     try:
-        return _open_shard(uri).read_row_group(row_group, use_threads=False)
+        shard = _open_shard(uri)
+        return [shard.read_row_group(row_group, use_threads=False) for row_group in row_groups]
     except FileNotFoundError:
         raise DataError(f"'{uri}': the shard is missing though the manifest lists it; ingest again") from None
     except (pa.ArrowException, OSError, IndexError) as error:
         _open_shard.cache_clear()
-        raise DataError(f"'{uri}': row group {row_group} cannot be read ({' '.join(str(error).split())[:200]}); run `eagleray data verify {dataset_uri}`") from error
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"'{uri}': cannot be read ({reason}); run `eagleray data verify {dataset_uri}`") from error
 
 
 @lru_cache(maxsize=64)
 def _open_shard(uri: str) -> pq.ParquetFile:
+    # A reader keeps its state between reads and is not thread-safe; see read_row_groups.
     filesystem, path = storage.open_uri(uri)
     return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from eagleray.config.schema import AugmentConfig
 from eagleray.data.plan import EpochPlan
-from eagleray.data.shards import read_row_group
+from eagleray.data.shards import read_row_groups
 from eagleray.data.transforms import Preprocessing, decode_eval, decode_train
 from eagleray.errors import DataError
 
@@ -28,7 +28,7 @@ BLOCK_BYTES = 8_000_000
 """Pixels per block: large enough to hide Ray's cost per block, small enough for a quick first batch."""
 
 READ_THREADS = 8
-"""Range reads in flight per task; they wait for the network, not for the CPU."""
+"""Shards read at a time by a task; they wait for the network, not for the CPU."""
 
 _GREY = 118
 """Stands in for a picture that cannot be decoded: near zero once normalised."""
@@ -62,14 +62,16 @@ class WindowDecoder:
             yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, tables)
 
     def _read(self, groups: NDArray[np.int64]) -> dict[int, pa.Table]:
-        def read(group: int) -> pa.Table:
-            place = self.plan.row_groups[group]
-            return read_row_group(self.uri, place.shard_path, place.index)
+        by_shard: dict[str, list[int]] = {}
+        for group in groups.tolist():
+            by_shard.setdefault(self.plan.row_groups[group].shard_path, []).append(group)
 
-        if len(groups) == 1:
-            return {int(groups[0]): read(int(groups[0]))}
+        def read(shard_path: str) -> list[pa.Table]:
+            return read_row_groups(self.uri, shard_path, [self.plan.row_groups[group].index for group in by_shard[shard_path]])
+
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return dict(zip(map(int, groups), pool.map(read, map(int, groups)), strict=True))
+            tables = pool.map(read, by_shard)
+            return {group: table for part, read_part in zip(by_shard.values(), tables, strict=True) for group, table in zip(part, read_part, strict=True)}
 
     def _decode(
         self, sample_ids: NDArray[np.int64], is_valid: NDArray[np.bool_], epoch: int, tables: dict[int, pa.Table]

@@ -80,7 +80,7 @@ def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) 
             if part is not None:
                 part.load_state_dict(resume[name])
     replica = _replicate(model, worker)
-    autocast = _autocast(job, worker.device)
+    autocast = autocast_of(job, worker.device)
 
     decoder = WindowDecoder(job.data.train, plan, preprocessing, job.data.augment)
     train_epochs = BatchStream(decoder, worker.rank, worker.world_size, worker.train_decode).epochs(first_epoch, job.train.epochs)
@@ -210,7 +210,8 @@ def _evaluated(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
     return ema.module if ema is not None else model
 
 
-def _autocast(job: JobConfig, device: torch.device) -> AbstractContextManager[Any]:
+def autocast_of(job: JobConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the autocast context of `train.precision` on this device (nothing for fp32)."""
     bf16 = job.train.precision == "bf16" or (
         job.train.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )

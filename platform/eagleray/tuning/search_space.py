@@ -1,0 +1,78 @@
+"""The search space of a job file as an Optuna define-by-run function.
+
+The architecture family is chosen first, then the parameters that only this family has, then the
+dotted keys of the job file that all share. A trial's values are flat: `model.name`,
+`resnet_cifar.depth`, `train.optimizer.lr`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+
+from eagleray.config.load import with_values
+from eagleray.config.schema import Distribution, JobConfig, ModelConfig, SearchConfig
+from eagleray.errors import ConfigError
+from eagleray.models.zoo import check_model
+
+FAMILY = "model.name"
+
+
+def suggest_point(search: SearchConfig, trial: optuna.Trial) -> None:
+    """Ask an Optuna trial for every value of one point of the space."""
+    family = trial.suggest_categorical(FAMILY, list(search.families))
+    for key, distribution in search.families[family].items():
+        _suggest(trial, f"{family}.{key}", distribution)
+    for key, distribution in search.space.items():
+        _suggest(trial, key, distribution)
+
+
+def apply_values(job: JobConfig, values: dict[str, Any]) -> JobConfig:
+    """Return `job` with one point of its search space filled in, checked again.
+
+    Raises:
+        ConfigError: the values together make a job that cannot be.
+    """
+    assert job.tune is not None
+    family = values[FAMILY]
+    params = {key: values[f"{family}.{key}"] for key in job.tune.families[family]}
+    shared = {key: values[key] for key in job.tune.space}
+    return with_values(job, {"model.name": family, "model.params": params, **shared})
+
+
+def check_space(job: JobConfig) -> None:
+    """Refuse a space with an unknown architecture, parameter or key, or a value the job file would not take.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if job.tune is None:
+        raise ConfigError(f"job '{job.name}' has no 'tune' section; add one with families and num_trials (see jobs/quickstart.yaml)")
+    for family, params in job.tune.families.items():
+        try:
+            check_model(ModelConfig(name=family, params=dict.fromkeys(params)))
+        except ConfigError as error:
+            raise ConfigError(f"tune.families.{family}: {error}") from None
+    for key, distribution in job.tune.space.items():
+        for value in _corners(distribution):
+            try:
+                with_values(job, {key: value})
+            except ConfigError as error:
+                raise ConfigError(f"tune.space.{key}: {str(error).removeprefix('job: ')}") from None
+
+
+def _suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> None:
+    if distribution.choice is not None:
+        trial.suggest_categorical(name, distribution.choice)
+    elif distribution.uniform is not None:
+        trial.suggest_float(name, *distribution.uniform)
+    elif distribution.log_uniform is not None:
+        trial.suggest_float(name, *distribution.log_uniform, log=True)
+    elif distribution.integer is not None:
+        trial.suggest_int(name, *distribution.integer)
+
+
+def _corners(distribution: Distribution) -> list[Any]:
+    bounds = distribution.choice or distribution.uniform or distribution.log_uniform or distribution.integer
+    return list(bounds or ())
