@@ -184,13 +184,18 @@ def exists(uri: str) -> bool:
 
 def list_files(uri: str) -> list[str]:
     """Return the URIs of all files under `uri`, sorted; empty where there is nothing."""
+    return [name for name, _ in list_files_with_sizes(uri)]
+
+
+def list_files_with_sizes(uri: str) -> list[tuple[str, int]]:
+    """Return (URI, size in bytes) of all files under `uri`, sorted; empty where there is nothing."""
     import pyarrow.fs as pafs
 
     filesystem, path = open_uri(uri)
     prefix = "" if is_local(uri) else "s3://"
     with _explained(uri, "list it"):
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    return sorted(prefix + info.path for info in infos if info.is_file)
+    return sorted((prefix + info.path, info.size) for info in infos if info.is_file)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from eagleray.config.schema import JobConfig
+from eagleray.config.schema import JobConfig, Section
 from eagleray.errors import ConfigError, near_miss
+
+
+S = TypeVar("S", bound=Section)
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
@@ -47,6 +50,18 @@ def build_job(document: dict[str, Any], overrides: list[str] | None = None, sour
         return JobConfig.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+
+def build_section(section: type[S], values: dict[str, Any], name: str) -> S:
+    """Check values given outside a job file, such as command-line options, as the section `name`.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_first_problem(error)}") from None
 
 
 def with_values(job: JobConfig, values: dict[str, Any]) -> JobConfig:

@@ -1,0 +1,203 @@
+"""The registry on MLflow: runs with their curves, versions with their lineage, aliases, events.
+
+MLflow keeps runs, metrics, versions and aliases (SQLite by default). Weights and cards are packages in
+the workspace (see `package`); a version's source is its package's URI. Events and the running
+experiment are small JSON objects beside them, so that they outlive any limit on the length of tags.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from eagleray import storage
+from eagleray.config.load import dump_job
+from eagleray.config.schema import JobConfig, WorkspaceConfig
+from eagleray.errors import RegistryError, near_miss
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT_NAME = "experiment.json"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered version; `package_uri` holds its weights and card."""
+
+    name: str
+    version: int
+    package_uri: str
+    run_id: str
+    aliases: tuple[str, ...]
+    created: datetime
+    tags: dict[str, str]
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}:{self.version}"
+
+
+class Registry:
+    """Runs, versions, aliases and events of one workspace."""
+
+    def __init__(self, workspace: WorkspaceConfig) -> None:
+        self.workspace = workspace
+
+    def start_run(self, run_name: str, job: JobConfig, tags: dict[str, str]) -> str:
+        """Open an MLflow run in the experiment named after the job, with the job as parameters; return its id."""
+        from mlflow.entities import Param
+
+        run = self._client.create_run(self._experiment_id(job.name), run_name=run_name, tags=tags)
+        params = [Param(key, value[:6000]) for key, value in _flat(job.model_dump(mode="json")).items()]
+        self._client.log_batch(run.info.run_id, params=params)
+        self._client.set_tag(run.info.run_id, "job_file", dump_job(job)[:8000])
+        return str(run.info.run_id)
+
+    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
+        """Add one point to each metric's curve."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(run_id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()])
+
+    def end_run(self, run_id: str, status: str = "FINISHED") -> None:
+        """Close a run as FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(run_id, status)
+
+    def register(self, name: str, package_uri: str, run_id: str, tags: dict[str, str]) -> ModelVersion:
+        """Add a package as the next version of `name`, and return it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_registered_model(name)
+        except MlflowException:
+            self._client.create_registered_model(name)
+        version = self._client.create_model_version(name, source=package_uri, run_id=run_id, tags=tags)
+        self.record_event(name, "registered", {"version": int(version.version), "run_id": run_id, "package_uri": package_uri})
+        return self._version(version)
+
+    def versions(self, name: str | None = None) -> list[ModelVersion]:
+        """Return all versions, or those of one model, newest first.
+
+        Raises:
+            RegistryError: there is no model of that name.
+        """
+        if name is not None:
+            self._require_model(name)
+        query = f"name='{name}'" if name is not None else ""
+        # A search leaves aliases out; they are on the registered model.
+        aliases = self._aliases()
+        found = [self._version(version, aliases.get(version.name, {})) for version in self._client.search_model_versions(query)]
+        return sorted(found, key=lambda version: (version.created, version.version), reverse=True)
+
+    def resolve(self, reference: str) -> ModelVersion:
+        """Return the version that `name@alias` or `name:version` means.
+
+        Raises:
+            RegistryError: no such model, version or alias; says what there is.
+        """
+        name, separator, wanted = _split_reference(reference)
+        versions = self.versions(name)
+        for version in versions:
+            if (separator == ":" and str(version.version) == wanted) or (separator == "@" and wanted in version.aliases):
+                return version
+        if separator == "@":
+            known = sorted({alias for version in versions for alias in version.aliases})
+            hint = near_miss(wanted, known) or (f"; its aliases: {', '.join(known)}" if known else "; it has no alias yet")
+            raise RegistryError(f"'{reference}': model '{name}' has no alias '{wanted}'{hint}")
+        numbers = ", ".join(str(version.version) for version in reversed(versions))
+        raise RegistryError(f"'{reference}': model '{name}' has no version '{wanted}'; its versions: {numbers or 'none'}")
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Let `name@alias` mean `version` from now on."""
+        self.resolve(f"{name}:{version}")
+        self._client.set_registered_model_alias(name, alias, str(version))
+
+    def record_event(self, name: str, kind: str, details: dict[str, Any]) -> None:
+        """Keep what was decided about a model, when, and on which numbers."""
+        now = datetime.now(UTC)
+        event = {"time": now.isoformat(), "kind": kind, **details}
+        storage.write_bytes(storage.join(self._model_uri(name), "events", f"{now:%Y%m%dT%H%M%S.%f}-{kind}.json"), json.dumps(event).encode())
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return all events of a model, oldest first."""
+        return [json.loads(storage.read_bytes(uri)) for uri in storage.list_files(storage.join(self._model_uri(name), "events"))]
+
+    def load_experiment(self, name: str) -> dict[str, Any] | None:
+        """Return the running experiment of a model, None if there is none."""
+        uri = storage.join(self._model_uri(name), EXPERIMENT_NAME)
+        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+    def save_experiment(self, name: str, experiment: dict[str, Any] | None) -> None:
+        """Replace the running experiment of a model; None ends it."""
+        uri = storage.join(self._model_uri(name), EXPERIMENT_NAME)
+        if experiment is not None:
+            storage.write_bytes(uri, json.dumps(experiment, indent=2).encode())
+        elif storage.exists(uri):
+            storage.delete_file(uri)
+
+    def _model_uri(self, name: str) -> str:
+        return storage.join(self.workspace.experiments_uri, name)
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        from mlflow import MlflowClient
+
+        uri = self.workspace.resolved_tracking_uri
+        if uri.startswith("sqlite:///"):
+            path = uri.removeprefix("sqlite:///")
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            except OSError as error:
+                raise RegistryError(f"'{path}': the registry's folder cannot be made ({error.strerror}); choose another workspace.root") from None
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        return MlflowClient(tracking_uri=uri)
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        try:
+            return str(self._client.create_experiment(name, artifact_location=storage.join(self.workspace.runs_uri, "mlflow")))
+        except MlflowException as error:
+            raise RegistryError(f"MLflow at '{self.workspace.resolved_tracking_uri}': experiment '{name}' cannot be made ({error})") from error
+
+    def _require_model(self, name: str) -> None:
+        known = [model.name for model in self._client.search_registered_models()]
+        if name not in known:
+            raise RegistryError(
+                f"no model '{name}' in the registry '{self.workspace.resolved_tracking_uri}'{near_miss(name, known)}; "
+                f"registered: {', '.join(known) or 'none yet (train one)'}"
+            )
+
+    def _aliases(self) -> dict[str, dict[str, str]]:
+        return {model.name: dict(model.aliases) for model in self._client.search_registered_models()}
+
+    def _version(self, version: Any, aliases: dict[str, str] | None = None) -> ModelVersion:
+        named = sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(version.version))
+        created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
+        return ModelVersion(version.name, int(version.version), version.source, version.run_id or "", tuple(named), created, dict(version.tags))
+
+
+def _split_reference(reference: str) -> tuple[str, str, str]:
+    for separator in "@:":
+        name, found, wanted = reference.partition(separator)
+        if found and name and wanted:
+            return name, separator, wanted
+    raise RegistryError(f"'{reference}': give a version as name@alias (imagenet@champion) or name:version (imagenet:7)")
+
+
+def _flat(document: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(document, dict):
+        return {prefix: str(document)}
+    return {key: value for name, part in document.items() for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}

@@ -1,0 +1,155 @@
+"""Start Ray on this machine or join a cluster, quietly, and leave nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagleray.errors import ClusterError
+
+CONNECT_TIMEOUT_S = 3.0
+
+_ENVIRONMENT = {
+    # Under `uv run` Ray would start every worker through uv again, and upload the working directory.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Reports of epochs shorter than this wait for it (Ray's default: 2 s); a quarter second costs nothing.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+IDLE_WORKER_S = 60
+"""Ray ends idle worker processes after a second; on a small machine starting the next one costs several."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The cluster in use; `log_dir` is where Ray writes its full logs on this machine ('' where unknown)."""
+
+    address: str
+    is_local: bool
+    log_dir: str
+
+
+@contextmanager
+def connected(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[Connection]:
+    """Be connected to Ray for the block; a connection that exists already is used and left alone.
+
+    Args:
+        address: `host:port` or `auto` to join a cluster; None starts Ray here, or, within a submitted
+            job, joins the job's own cluster.
+        num_cpus: logical CPUs of a cluster started here; by default the machine's cores.
+
+    Raises:
+        ClusterError: nobody answers at `address`, the token is wrong, or versions differ.
+    """
+    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    import ray
+
+    if ray.is_initialized():
+        yield _connection(is_local=False)
+        return
+    _quiet()
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address is None:
+            _start(num_cpus)
+        else:
+            _join(address)
+        yield _connection(is_local=address is None)
+    finally:
+        ray.shutdown()
+
+
+def _start(num_cpus: int | None) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_cpus or os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=is_debug(),
+        logging_level=_level(),
+        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_S * 1000},
+    )
+
+
+def _join(address: str) -> None:
+    import ray
+
+    _check_port(address)
+    in_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    options: dict[str, Any] = {} if in_job else {"runtime_env": {"py_modules": [str(package_directory())]}}
+    try:
+        ray.init(address=address, log_to_driver=is_debug(), logging_level=_level(), **options)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"Ray at '{address}' could not be joined: {_one_line(error)}; check the address, and RAY_AUTH_TOKEN if the cluster asks for a token"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise ClusterError(f"Ray at '{address}' could not be joined: {_one_line(error)}") from error
+
+
+def _check_port(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself would try for 20 s."""
+    if address == "auto":
+        return
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        raise ClusterError(f"--address '{address}': expected host:port (such as 10.0.0.1:6379) or 'auto'")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"--address '{address}': nobody listens there ({error.strerror or error}); start a cluster with `ray start --head`, or leave --address out"
+        ) from None
+
+
+def package_directory() -> Path:
+    """Return the folder of the eagleray package, to be shipped to workers that do not have it."""
+    return Path(__file__).resolve().parent.parent
+
+
+def is_debug() -> bool:
+    return os.environ.get("EAGLERAY_DEBUG") == "1"
+
+
+def _quiet() -> None:
+    if is_debug():
+        return
+    warnings.filterwarnings("ignore", module=r"(ray|mlflow|optuna)\b.*")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def _level() -> int:
+    return logging.INFO if is_debug() else logging.ERROR
+
+
+def _has_token() -> bool:
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")) or (Path.home() / ".ray" / "auth_token").exists()
+
+
+def _connection(is_local: bool) -> Connection:
+    import ray
+
+    node = ray._private.worker._global_node
+    log_dir = node.get_logs_dir_path() if node is not None else ""
+    return Connection(ray.get_runtime_context().gcs_address, is_local, log_dir)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,255 @@
+"""The durable log of an experiment: which request went to which variant, and what came of it.
+
+Rows are collected and written as Parquet segments under `experiments/ID/{assignments,outcomes}/`. A writer
+rewrites its open segment as it grows (a reader sees the old or the new one, never a part), so that rows are
+durable within one write while files stay few. Delivery is at-least-once; reading drops duplicates by request id.
+
+A request id carries, signed, what feedback needs: experiment, variant, revision and a digest of the predicted
+label. Feedback therefore counts hours later, on any replica, even where the assignment's own row was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import io
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from eagleray import storage
+from eagleray.errors import ServingError, StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SEGMENT_ROWS = 2_000
+MAX_BACKLOG_ROWS = 200_000
+"""Assignments kept in memory while the store does not answer; the oldest are dropped (and counted) beyond it."""
+
+_KEY_NAME = "signing.key"
+
+
+def assignments_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("request_id", pa.string()),
+            ("time", pa.timestamp("us", tz="UTC")),
+            ("variant", pa.string()),
+            ("version", pa.int32()),
+            ("revision", pa.int32()),
+            ("key_hash", pa.string()),
+            ("label", pa.string()),
+            ("probability", pa.float32()),
+            ("latency_ms", pa.float32()),
+            ("is_error", pa.bool_()),
+        ]
+    )
+
+
+def outcomes_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("request_id", pa.string()),
+            ("time", pa.timestamp("us", tz="UTC")),
+            ("variant", pa.string()),
+            ("revision", pa.int32()),
+            ("label", pa.string()),
+            ("outcome", pa.bool_()),
+        ]
+    )
+
+
+# --- Request ids ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RequestId:
+    """What a request id says."""
+
+    experiment: str
+    variant: str
+    revision: int
+    label_digest: str
+
+    def predicted(self, label: str) -> bool:
+        """Whether `label` is what was answered."""
+        return self.label_digest == _label_digest(label)
+
+
+def load_signing_key(experiments_uri: str) -> bytes:
+    """Return the key that signs request ids, made on first use; all endpoints of a workspace share it."""
+    uri = storage.join(experiments_uri, _KEY_NAME)
+    if not storage.exists(uri):
+        storage.write_bytes_if_absent(uri, secrets.token_bytes(32))
+    return storage.read_bytes(uri)
+
+
+def new_request_id(key: bytes, experiment: str, variant: str, revision: int, label: str) -> str:
+    body = f"{secrets.token_hex(8)}.{experiment}.{variant}.{revision}.{_label_digest(label)}"
+    return f"{body}.{_signature(key, body)}"
+
+
+def parse_request_id(key: bytes, request_id: str) -> RequestId:
+    """Check and read a request id.
+
+    Raises:
+        ServingError: it was not issued here.
+    """
+    body, _, signature = request_id.rpartition(".")
+    parts = body.split(".")
+    if len(parts) != 5 or not hmac.compare_digest(signature.encode(), _signature(key, body).encode()):  # noqa: PLR2004
+        raise ServingError("this request_id was not issued by this endpoint; send the one in the answer of /predict, unchanged")
+    return RequestId(experiment=parts[1], variant=parts[2], revision=int(parts[3]), label_digest=parts[4])
+
+
+def _label_digest(label: str) -> str:
+    return hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
+
+
+def _signature(key: bytes, body: str) -> str:
+    return hmac.new(key, body.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def hash_routing_key(salt: str, routing_key: str) -> str:
+    """Return what is logged in place of a routing key, which may name a person."""
+    return hmac.new(salt.encode(), routing_key.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------
+
+
+class SegmentWriter:
+    """Appends rows to Parquet segments under a URI; one writer's files are its own. Not thread-safe."""
+
+    def __init__(self, uri: str, schema: pa.Schema) -> None:
+        self._uri = uri
+        self._schema = schema
+        self._writer = secrets.token_hex(6)
+        self._segment = 0
+        self._rows: list[dict[str, Any]] = []
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Make `rows` durable. Raises StorageError; then they may or may not be there, and can be written again."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        grown = self._rows + rows
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(grown, schema=self._schema), buffer, compression="zstd")
+        storage.write_bytes(storage.join(self._uri, f"{self._writer}-{self._segment:06d}.parquet"), buffer.getvalue())
+        self._rows = grown
+        if len(grown) >= SEGMENT_ROWS:
+            self._rows = []
+            self._segment += 1
+
+
+class GroupCommit:
+    """Collects rows on the event loop and writes them together on a thread, one write at a time."""
+
+    def __init__(self, write: Callable[[list[dict[str, Any]]], None], linger_s: float, max_rows: int) -> None:
+        self._write = write
+        self._linger_s = linger_s
+        self._max_rows = max_rows
+        self._pending: list[tuple[dict[str, Any], asyncio.Future[None] | None]] = []
+        self._hurry = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.dropped = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row that will be written soon; it is kept while the store does not answer."""
+        self._take(row, None)
+        if len(self._pending) > MAX_BACKLOG_ROWS:
+            del self._pending[0]
+            self.dropped += 1
+
+    async def add_durably(self, row: dict[str, Any]) -> None:
+        """Return once the row is durable. Raises StorageError where it could not be written."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._take(row, future)
+        await future
+
+    async def flush(self) -> None:
+        """Write what is pending now; what cannot be written stays pending."""
+        if self._task is not None and not self._task.done():
+            self._hurry.set()
+            await asyncio.shield(self._task)
+
+    def _take(self, row: dict[str, Any], future: asyncio.Future[None] | None) -> None:
+        self._pending.append((row, future))
+        if len(self._pending) >= self._max_rows:
+            self._hurry.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._commit())
+
+    async def _commit(self) -> None:
+        while self._pending:
+            try:
+                await asyncio.wait_for(self._hurry.wait(), self._linger_s)
+            except TimeoutError:
+                pass
+            self._hurry.clear()
+            batch, self._pending = self._pending, []
+            try:
+                await asyncio.to_thread(self._write, [row for row, _ in batch])
+            except StorageError as error:
+                self._pending = [(row, None) for row, future in batch if future is None] + self._pending
+                _resolve(batch, error)
+                return  # the next row tries again
+            _resolve(batch, None)
+
+
+def _resolve(batch: list[tuple[dict[str, Any], asyncio.Future[None] | None]], error: StorageError | None) -> None:
+    for _, future in batch:
+        if future is None or future.done():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+
+class ExperimentLog:
+    """The log of one experiment, as one ingress replica writes it. Lives on the event loop."""
+
+    def __init__(self, experiments_uri: str, experiment: str) -> None:
+        uri = storage.join(experiments_uri, experiment)
+        # An answer does not wait for its row; feedback does, so that what is acknowledged is durable.
+        assignments = SegmentWriter(storage.join(uri, "assignments"), assignments_schema())
+        self.assignments = GroupCommit(assignments.write, linger_s=1.0, max_rows=500)
+        outcomes = SegmentWriter(storage.join(uri, "outcomes"), outcomes_schema())
+        self.outcomes = GroupCommit(outcomes.write, linger_s=0.02, max_rows=500)
+
+    async def flush(self) -> None:
+        await self.assignments.flush()
+        await self.outcomes.flush()
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------
+
+
+def read_assignments(experiments_uri: str, experiment: str) -> pa.Table:
+    """Return all assignments of an experiment, one row per request id."""
+    return _read(storage.join(experiments_uri, experiment, "assignments"), assignments_schema())
+
+
+def read_outcomes(experiments_uri: str, experiment: str) -> pa.Table:
+    """Return all outcomes of an experiment, one row per request id: the latest where one was corrected."""
+    return _read(storage.join(experiments_uri, experiment, "outcomes"), outcomes_schema())
+
+
+def _read(uri: str, schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = [file for file in storage.list_files(uri) if file.endswith(".parquet")]
+    tables = [pq.read_table(io.BytesIO(storage.read_bytes(file)), schema=schema) for file in files]
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    latest = {request_id: row for row, request_id in enumerate(table.sort_by("time")["request_id"].to_pylist())}
+    return table.sort_by("time").take(pa.array(sorted(latest.values()), pa.int64()))

@@ -1,0 +1,61 @@
+"""A model version as a function from encoded pictures to probabilities; no Ray in here."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eagleray.artifacts.package import load_package
+from eagleray.data.decode import DEFAULT_MAX_PIXELS, decode_rgb
+from eagleray.data.transforms import eval_image, normalize
+
+
+class Prediction(TypedDict):
+    label: str
+    probability: float
+
+
+class Predictor:
+    """Loads the package at `package_uri` and answers for it.
+
+    Raises:
+        RegistryError: no package there, or its weights do not verify.
+    """
+
+    def __init__(self, package_uri: str, num_threads: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        torch.set_num_threads(num_threads)
+        cv2.setNumThreads(1)  # pictures are decoded side by side, by the caller's threads
+        self.card, model = load_package(package_uri)
+        self.max_pixels = max_pixels
+        self._model = model.to(memory_format=torch.channels_last)
+        size = self.card.preprocessing.image_size
+        self.probabilities(np.zeros((1, size, size, 3), np.uint8))  # the first pass allocates; no user should wait for it
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """Bring an encoded picture to the model's size: uint8 [S, S, 3]. Raises DataError with the reason."""
+        return eval_image(decode_rgb(data, self.max_pixels), self.card.preprocessing)
+
+    def fit(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Bring uint8 [H, W, 3] to the model's size: uint8 [S, S, 3]."""
+        return eval_image(rgb, self.card.preprocessing)
+
+    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Classify uint8 [N, S, S, 3]; returns float32 [N, C], rows adding up to one."""
+        with torch.inference_mode():
+            logits = self._model(normalize(torch.from_numpy(images), self.card.preprocessing))
+            result: NDArray[np.float32] = torch.softmax(logits.float(), dim=1).numpy()
+        return result
+
+    def top(self, probabilities: NDArray[np.float32], top_k: int) -> list[Prediction]:
+        """Return the `top_k` most probable classes of float32 [C], most probable first."""
+        order = np.argsort(-probabilities, kind="stable")[:top_k]
+        return [{"label": self.card.classes[i], "probability": float(probabilities[i])} for i in order]
+
+    def predict(self, pictures: list[bytes], top_k: int = 5) -> list[list[Prediction]]:
+        """Classify encoded pictures as one batch. Raises DataError if one of them cannot be decoded."""
+        images = np.stack([self.decode(picture) for picture in pictures])
+        return [self.top(row, top_k) for row in self.probabilities(images)]
