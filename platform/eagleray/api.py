@@ -157,6 +157,18 @@ def tune(
         return result
 
 
+def register_trial(search: SearchResult, trial: TrialResult, alias: str | None = None) -> ModelVersion:
+    """Register a trial of a search, as its last epoch left it, as a new version; Ray must be connected."""
+    from eagleray.training.trainer import load_checkpoint
+    from eagleray.tuning.search_space import apply_values
+
+    job = apply_values(search.job, trial.values)
+    run_name = f"{search.run_name}-{trial.trial_id}"
+    weights = load_checkpoint(trial.checkpoint_uri)["weights"]
+    with _tracked_run(job, run_name, "trial") as (registry, run_id):
+        return register_weights(registry, run_id, job, run_name, weights, {"val_top1": trial.val_top1}, alias)[0]
+
+
 def list_models(workspace: WorkspaceConfig, name: str | None = None) -> list[ModelVersion]:
     """Return all versions in the registry, or those of one model, newest first."""
     return open_registry(workspace).versions(name)

@@ -33,7 +33,7 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=("JPEG", "MPO", "PNG", "WEBP")) as image:
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
                 width, height = image.size
                 turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
     except UnidentifiedImageError:

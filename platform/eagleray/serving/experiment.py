@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Literal
@@ -241,9 +241,8 @@ def _xlogy(count: int, probability: float) -> float:
     return count * math.log(max(probability, 1e-300)) if count else 0.0
 
 
-def _edge(is_inside: object, inside: float, outside: float) -> float:
+def _edge(is_inside: Callable[[float], bool], inside: float, outside: float) -> float:
     """Return the end of a convex set between a point in it and the end of the range."""
-    assert callable(is_inside)
     if is_inside(outside):
         return outside
     for _ in range(40):

@@ -16,6 +16,7 @@ import hmac
 import io
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 SEGMENT_ROWS = 2_000
 MAX_BACKLOG_ROWS = 200_000
 """Assignments kept in memory while the store does not answer; the oldest are dropped (and counted) beyond it."""
+
+Row = dict[str, Any]
 
 _KEY_NAME = "signing.key"
 
@@ -133,9 +136,9 @@ class SegmentWriter:
         self._schema = schema
         self._writer = secrets.token_hex(6)
         self._segment = 0
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: list[Row]) -> None:
         """Make `rows` durable. Raises StorageError; then they may or may not be there, and can be written again."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -153,35 +156,36 @@ class SegmentWriter:
 class GroupCommit:
     """Collects rows on the event loop and writes them together on a thread, one write at a time."""
 
-    def __init__(self, write: Callable[[list[dict[str, Any]]], None], linger_s: float, max_rows: int) -> None:
+    def __init__(self, write: Callable[[list[Row]], None], linger_s: float, max_rows: int) -> None:
         self._write = write
         self._linger_s = linger_s
         self._max_rows = max_rows
-        self._pending: list[tuple[dict[str, Any], asyncio.Future[None] | None]] = []
+        self._pending: list[tuple[Row | None, asyncio.Future[None] | None]] = []
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.dropped = 0
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """Take a row that will be written soon; it is kept while the store does not answer."""
         self._take(row, None)
         if len(self._pending) > MAX_BACKLOG_ROWS:
             del self._pending[0]
             self.dropped += 1
 
-    async def add_durably(self, row: dict[str, Any]) -> None:
+    async def add_durably(self, row: Row) -> None:
         """Return once the row is durable. Raises StorageError where it could not be written."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._take(row, future)
         await future
 
     async def flush(self) -> None:
-        """Write what is pending now; what cannot be written stays pending."""
-        if self._task is not None and not self._task.done():
-            self._hurry.set()
-            await asyncio.shield(self._task)
+        """Return once all rows taken so far are durable. Raises StorageError where they could not be written."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._take(None, future)
+        self._hurry.set()
+        await future
 
-    def _take(self, row: dict[str, Any], future: asyncio.Future[None] | None) -> None:
+    def _take(self, row: Row | None, future: asyncio.Future[None] | None) -> None:
         self._pending.append((row, future))
         if len(self._pending) >= self._max_rows:
             self._hurry.set()
@@ -190,14 +194,14 @@ class GroupCommit:
 
     async def _commit(self) -> None:
         while self._pending:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), self._linger_s)
-            except TimeoutError:
-                pass
             self._hurry.clear()
             batch, self._pending = self._pending, []
+            rows = [row for row, _ in batch if row is not None]
             try:
-                await asyncio.to_thread(self._write, [row for row, _ in batch])
+                if rows:
+                    await asyncio.to_thread(self._write, rows)
             except StorageError as error:
                 self._pending = [(row, None) for row, future in batch if future is None] + self._pending
                 _resolve(batch, error)
@@ -205,7 +209,7 @@ class GroupCommit:
             _resolve(batch, None)
 
 
-def _resolve(batch: list[tuple[dict[str, Any], asyncio.Future[None] | None]], error: StorageError | None) -> None:
+def _resolve(batch: list[tuple[Row | None, asyncio.Future[None] | None]], error: StorageError | None) -> None:
     for _, future in batch:
         if future is None or future.done():
             continue
@@ -227,8 +231,8 @@ class ExperimentLog:
         self.outcomes = GroupCommit(outcomes.write, linger_s=0.02, max_rows=500)
 
     async def flush(self) -> None:
-        await self.assignments.flush()
-        await self.outcomes.flush()
+        """Return once all rows taken so far are durable. Raises StorageError where they could not be written."""
+        await asyncio.gather(self.assignments.flush(), self.outcomes.flush())
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------
