@@ -19,7 +19,6 @@ from eagleray import __version__, storage
 from eagleray.config.load import load_job as load_job
 from eagleray.config.schema import IngestConfig, JobConfig, WorkspaceConfig
 
-
 if TYPE_CHECKING:
     import torch
 
@@ -119,17 +118,16 @@ def train(
         job = load_run_job(job.workspace.runs_uri, resume)
     run_name = resume or name or new_run_name(job.name)
     storage.check_access(job.workspace.root)
-    with connected(address):
-        with _tracked_run(job, run_name, "train") as (registry, run_id):
+    with connected(address), _tracked_run(job, run_name, "train") as (registry, run_id):
 
-            def record(metrics: dict[str, float]) -> None:
-                registry.log_metrics(run_id, metrics, step=int(metrics["epoch"]))
-                on_epoch(metrics)
+        def record(metrics: dict[str, float]) -> None:
+            registry.log_metrics(run_id, metrics, step=int(metrics["epoch"]))
+            on_epoch(metrics)
 
-            training = run_training(job, run_name, resume=resume is not None, on_epoch=record)
-            weights = load_checkpoint(training.checkpoint_uri)["weights"]
-            _save_curve(training)
-            version, metrics = register_weights(registry, run_id, job, run_name, weights, training.metrics, alias)
+        training = run_training(job, run_name, resume=resume is not None, on_epoch=record)
+        weights = load_checkpoint(training.checkpoint_uri)["weights"]
+        _save_curve(training)
+        version, metrics = register_weights(registry, run_id, job, run_name, weights, training.metrics, alias)
     return TrainedModel(training, version, metrics)
 
 
@@ -160,9 +158,10 @@ def tune(
 def register_trial(search: SearchResult, trial: TrialResult, alias: str | None = None) -> ModelVersion:
     """Register a trial of a search, as its last epoch left it, as a new version; Ray must be connected."""
     from eagleray.training.trainer import load_checkpoint
+    from eagleray.tuning.search import trial_job
     from eagleray.tuning.search_space import apply_values
 
-    job = apply_values(search.job, trial.values)
+    job = apply_values(trial_job(search.job), trial.values)
     run_name = f"{search.run_name}-{trial.trial_id}"
     weights = load_checkpoint(trial.checkpoint_uri)["weights"]
     with _tracked_run(job, run_name, "trial") as (registry, run_id):
@@ -308,9 +307,7 @@ def _save_curve(training: TrainingResult) -> None:
     from eagleray.training.curve import plot_learning_curve
 
     if training.history:
-        storage.write_bytes(
-            storage.join(training.run_uri, LEARNING_CURVE_NAME), plot_learning_curve(training.history, training.run_name)
-        )
+        storage.write_bytes(storage.join(training.run_uri, LEARNING_CURVE_NAME), plot_learning_curve(training.history, training.run_name))
 
 
 def _flat(document: Any, prefix: str = "") -> dict[str, Any]:

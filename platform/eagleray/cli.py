@@ -37,11 +37,15 @@ console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the job file: a.b=c. May be repeated.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join (host:port or 'auto'); by default Ray is started here.", envvar="EAGLERAY_ADDRESS")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join (host:port or 'auto'); by default Ray is started here.", envvar="EAGLERAY_ADDRESS")
+]
 RunName = Annotated[str | None, typer.Option("--name", help="Name of the run; by default the job's name and the time.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")]
 Root = Annotated[str, typer.Option(help="Workspace: the job file's workspace.root.", envvar="EAGLERAY_ROOT")]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI; by default SQLite in the workspace.", envvar="MLFLOW_TRACKING_URI")]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI; by default SQLite in the workspace.", envvar="MLFLOW_TRACKING_URI")
+]
 DEFAULT_ROOT = "./eagleray"
 
 
@@ -77,7 +81,9 @@ def _root(
 @app.command()
 def quickstart(
     data: Annotated[str | None, typer.Option(help="A folder of pictures, one sub-folder per class; by default handwritten digits.")] = None,
-    directory: Annotated[Path | None, typer.Option("--dir", help="New folder for all that is made; by default ./quickstart-<time>.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="New folder for all that is made; by default ./quickstart-<time>.")
+    ] = None,
     s3: Annotated[bool, typer.Option("--s3", help="Keep the data in a real S3 store started here (SeaweedFS).")] = False,
     address: Address = None,
     port: Annotated[int, typer.Option(help="Port of the endpoint.")] = 8000,
@@ -89,13 +95,26 @@ def quickstart(
     from eagleray.quickstart import run_quickstart
 
     run_quickstart(
-        console, data=data, directory=directory, use_s3=s3, address=address, port=port, stay=not exit_, json_path=json_path, overrides=overrides or []
+        console,
+        data=data,
+        directory=directory,
+        use_s3=s3,
+        address=address,
+        port=port,
+        stay=not exit_,
+        json_path=json_path,
+        overrides=overrides or [],
     )
 
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(help="imagefolder:PATH, imagenet:PATH, webdataset:PATTERN, parquet:URI, idx:PATH, cifar:PATH, csv:FILE, or a folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="imagefolder:PATH, imagenet:PATH, webdataset:PATTERN, parquet:URI, idx:PATH, cifar:PATH, csv:FILE, or a folder."
+        ),
+    ],
     target: Annotated[str, typer.Argument(help="Folder or s3://bucket/key for shards and manifest.")],
     split: Annotated[list[str] | None, typer.Option(help="Split off a part, stratified by class: val=0.1. May be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of split and order.")] = 0,
@@ -118,13 +137,22 @@ def ingest(
     for name, manifest in manifests.items():
         size = sum(shard.size_bytes for shard in manifest.shards) / 1e6
         table.add_row(
-            name, f"{manifest.num_rows:,}", str(len(manifest.classes)), str(len(manifest.shards)), f"{size:.1f}", str(manifest.num_refused), manifest.digest[:12]
+            name,
+            f"{manifest.num_rows:,}",
+            str(len(manifest.classes)),
+            str(len(manifest.shards)),
+            f"{size:.1f}",
+            str(manifest.num_refused),
+            manifest.digest[:12],
         )
     console.print(table)
     for manifest in manifests.values():
         for refused in manifest.refused[:10]:
             console.print(f"refused: {_escape(refused.key)}: {_escape(refused.reason)}")
-    _write_json(json_path, {name: {"rows": m.num_rows, "classes": m.classes, "refused": m.num_refused, "digest": m.digest} for name, m in manifests.items()})
+    _write_json(
+        json_path,
+        {name: {"rows": m.num_rows, "classes": m.classes, "refused": m.num_refused, "digest": m.digest} for name, m in manifests.items()},
+    )
 
 
 @data_app.command("show")
@@ -175,13 +203,25 @@ def train(
     from eagleray import api
 
     job = api.load_job(job_file, overrides)
-    console.print(f"training {job.model.name} on {job.data.train}: {job.train.epochs} epochs, batch {job.train.global_batch_size}, {job.train.max_workers} worker(s)")
-    trained = api.train(job, name=name, resume=resume, alias=alias, address=address, on_epoch=lambda m: console.print(epoch_line(m, job.train.epochs)))
+    console.print(
+        f"training {job.model.name} on {job.data.train}: {job.train.epochs} epochs, batch {job.train.global_batch_size}, {job.train.max_workers} worker(s)"
+    )
+    trained = api.train(
+        job, name=name, resume=resume, alias=alias, address=address, on_epoch=lambda m: console.print(epoch_line(m, job.train.epochs))
+    )
     console.print(f"run:     {trained.training.run_uri}")
-    console.print(f"version: {trained.version.name}:{trained.version.version}  ({', '.join(f'{k} {v:.4f}' for k, v in trained.metrics.items() if 'samples' not in k)})")
+    console.print(
+        f"version: {trained.version.name}:{trained.version.version}  ({', '.join(f'{k} {v:.4f}' for k, v in trained.metrics.items() if 'samples' not in k)})"
+    )
     _write_json(
         json_path,
-        {"run": trained.training.run_name, "run_uri": trained.training.run_uri, "version": trained.version.version, "metrics": trained.metrics, "history": trained.training.history},
+        {
+            "run": trained.training.run_name,
+            "run_uri": trained.training.run_uri,
+            "version": trained.version.version,
+            "metrics": trained.metrics,
+            "history": trained.training.history,
+        },
     )
 
 
@@ -200,8 +240,21 @@ def tune(
     result = api.tune(job, name=name, address=address, on_trial=print_trial(console))
     console.print(trials_table(result))
     console.print(f"search: {result.run_uri}")
-    console.print("train the winner: eagleray train " + str(job_file) + " " + " ".join(f"--set {_shell(f'{key}={json.dumps(value)}')}" for key, value in winner_overrides(result).items()))
-    _write_json(json_path, {"run": result.run_name, "best": result.best.values, "val_top1": result.best.val_top1, "trials": [vars(trial) for trial in result.trials]})
+    console.print(
+        "train the winner: eagleray train "
+        + str(job_file)
+        + " "
+        + " ".join(f"--set {_shell(f'{key}={json.dumps(value)}')}" for key, value in winner_overrides(result).items())
+    )
+    _write_json(
+        json_path,
+        {
+            "run": result.run_name,
+            "best": result.best.values,
+            "val_top1": result.best.val_top1,
+            "trials": [vars(trial) for trial in result.trials],
+        },
+    )
 
 
 @models_app.command("list")
@@ -215,14 +268,22 @@ def models_list(
     for version in api.list_models(_workspace(root, tracking_uri), name):
         tags = version.tags
         table.add_row(
-            version.name, str(version.version), ", ".join(version.aliases), tags.get("architecture", ""), tags.get("val_top1", ""), tags.get("test_top1", ""), f"{version.created:%Y-%m-%d %H:%M}"
+            version.name,
+            str(version.version),
+            ", ".join(version.aliases),
+            tags.get("architecture", ""),
+            tags.get("val_top1", ""),
+            tags.get("test_top1", ""),
+            f"{version.created:%Y-%m-%d %H:%M}",
         )
     console.print(table)
 
 
 @models_app.command("show")
 def models_show(
-    reference: Annotated[str, typer.Argument(help="name@alias or name:version.")], root: Root = DEFAULT_ROOT, tracking_uri: TrackingUri = None
+    reference: Annotated[str, typer.Argument(help="name@alias or name:version.")],
+    root: Root = DEFAULT_ROOT,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """A version with its lineage: data, job file, code, weights."""
     from eagleray import api
@@ -303,7 +364,9 @@ def print_trial(to: Console) -> Any:
             return
         values = "  ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.values.items() if key != "model.name")
         end = f"[red]{_escape(trial.reason)}[/]" if trial.status == "failed" else f"val top-1 {100 * trial.val_top1:5.1f} %"
-        to.print(f"trial {trial.trial_id}  {trial.family:<14} {trial.status:<8} {trial.epochs:>2} epochs  {end}  {trial.seconds:4.1f} s  [dim]{values}[/]")
+        to.print(
+            f"trial {trial.trial_id}  {trial.family:<14} {trial.status:<8} {trial.epochs:>2} epochs  {end}  {trial.seconds:4.1f} s  [dim]{values}[/]"
+        )
 
     return on_trial
 
@@ -313,7 +376,9 @@ def trials_table(result: Any) -> Table:
     table = _table("trial", "architecture", "val top-1", "status", "epochs", "seconds", "values")
     for trial in sorted(result.trials, key=lambda t: -t.val_top1):
         values = ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.values.items() if key != "model.name")
-        table.add_row(trial.trial_id, trial.family, f"{100 * trial.val_top1:.1f} %", trial.status, str(trial.epochs), f"{trial.seconds:.1f}", values)
+        table.add_row(
+            trial.trial_id, trial.family, f"{100 * trial.val_top1:.1f} %", trial.status, str(trial.epochs), f"{trial.seconds:.1f}", values
+        )
     return table
 
 
@@ -333,7 +398,14 @@ class _ImageProgress:
     def __enter__(self) -> _ImageProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._bar = Progress(TextColumn("ingest"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} images/s"), TimeRemainingColumn(), console=console)
+        self._bar = Progress(
+            TextColumn("ingest"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]} images/s"),
+            TimeRemainingColumn(),
+            console=console,
+        )
         self._start = self._printed = time.monotonic()
         self._task: Any = None
         if console.is_terminal:

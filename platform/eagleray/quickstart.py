@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +83,15 @@ def run_quickstart(
             console.print(f"  pictures {pictures}\n  shards   {data_uri}\n  runs     {root}")
         with stages("ray", "Ray"):
             cluster = stack.enter_context(connected(address))
-            console.print(f"  {'started on this machine' if cluster.is_local else 'joined'} at {cluster.address}; full logs in {cluster.log_dir}")
+            console.print(
+                f"  {'started on this machine' if cluster.is_local else 'joined'} at {cluster.address}; full logs in {cluster.log_dir}"
+            )
         with stages("ingest", "ingest: pictures → shards and manifest"):
             manifests = api.ingest(pictures, data_uri, job.ingest, seed=job.seed)
             for split, manifest in manifests.items():
-                console.print(f"  {split:<6} {manifest.num_rows:>6,} pictures, {len(manifest.classes)} classes, {len(manifest.shards)} shard(s), {manifest.num_refused} refused")
+                console.print(
+                    f"  {split:<6} {manifest.num_rows:>6,} pictures, {len(manifest.classes)} classes, {len(manifest.shards)} shard(s), {manifest.num_refused} refused"
+                )
         with stages("tune", f"tune: {job.tune.num_trials if job.tune else 0} trials, Ray Tune + Optuna, ASHA"):
             search = api.tune(job, on_trial=_trial_printer(console))
         with stages("train", f"train: the winner, {search.best.family}, by DDP on {job.train.max_workers} workers"):
@@ -96,12 +100,16 @@ def run_quickstart(
             runner_up = _runner_up(search)
             challenger = api.register_trial(search, runner_up, alias="challenger")
             for alias, version in (("champion", trained.version), ("challenger", challenger)):
-                console.print(f"  {alias:<10} {version.reference}  {version.tags['architecture']}  held-out top-1 {100 * float(version.tags['test_top1']):.1f} %")
+                console.print(
+                    f"  {alias:<10} {version.reference}  {version.tags['architecture']}  held-out top-1 {100 * float(version.tags['test_top1']):.1f} %"
+                )
         with stages("serve", "serve: A/B test over HTTP, the held-out pictures as client requests"):
             url = api.serve(search.job, {"champion": trained.version, "challenger": challenger})
             stack.callback(endpoint.shutdown)
             results = _send_held_out(url, job, manifests["test"].classes)
-        summary = _summary(stages, time.perf_counter() - started, search, trained.version, challenger, results, url, root, trained.training.run_uri)
+        summary = _summary(
+            stages, time.perf_counter() - started, search, trained.version, challenger, results, url, root, trained.training.run_uri
+        )
         if json_path is not None:
             storage.write_bytes(str(json_path), (json.dumps(summary, indent=2) + "\n").encode())
         _print_summary(console, summary, job, manifests["test"].classes)
@@ -292,7 +300,5 @@ def _sample_picture(root: Path, job: JobConfig, classes: list[str]) -> Path:
 
 
 def _wait_for_interrupt() -> None:
-    try:
+    with suppress(KeyboardInterrupt):
         signal.pause()
-    except KeyboardInterrupt:
-        pass

@@ -37,9 +37,7 @@ def normalize_uri(uri: str | Path) -> str:
     if "://" not in text:
         return os.path.abspath(os.path.expanduser(text))
     if parts.scheme not in SCHEMES:
-        raise StorageError(
-            f"'{text}': the scheme '{parts.scheme}://' is not supported; use a local path, file:// or s3://bucket/key"
-        )
+        raise StorageError(f"'{text}': the scheme '{parts.scheme}://' is not supported; use a local path, file:// or s3://bucket/key")
     if parts.scheme == "file":
         return os.path.abspath(unquote(parts.path))
     if not parts.netloc:
@@ -111,7 +109,9 @@ def _s3_client() -> Any:
     from botocore.config import Config
 
     session = _boto_session()
-    return session.client("s3", region_name=session.region_name or "us-east-1", config=Config(retries={"max_attempts": 5, "mode": "standard"}))
+    return session.client(
+        "s3", region_name=session.region_name or "us-east-1", config=Config(retries={"max_attempts": 5, "mode": "standard"})
+    )
 
 
 @contextmanager
@@ -169,9 +169,7 @@ def check_access(uri: str) -> None:
         }.get(int(status or 0), _reason(error))
         raise StorageError(f"'{uri}': {reason}") from error
     except BotoCoreError as error:
-        raise StorageError(
-            f"'{uri}': the S3 store does not answer ({_reason(error)}); check AWS_ENDPOINT_URL and the network"
-        ) from error
+        raise StorageError(f"'{uri}': the S3 store does not answer ({_reason(error)}); check AWS_ENDPOINT_URL and the network") from error
 
 
 def exists(uri: str) -> bool:
@@ -179,7 +177,7 @@ def exists(uri: str) -> bool:
 
     filesystem, path = open_uri(uri)
     with _explained(uri, "look it up"):
-        return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def list_files(uri: str) -> list[str]:

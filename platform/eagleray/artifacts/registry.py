@@ -124,7 +124,9 @@ class Registry:
         """Keep what was decided about a model, when, and on which numbers."""
         now = datetime.now(UTC)
         event = {"time": now.isoformat(), "kind": kind, **details}
-        storage.write_bytes(storage.join(self._model_uri(name), "events", f"{now:%Y%m%dT%H%M%S.%f}-{kind}.json"), json.dumps(event).encode())
+        storage.write_bytes(
+            storage.join(self._model_uri(name), "events", f"{now:%Y%m%dT%H%M%S.%f}-{kind}.json"), json.dumps(event).encode()
+        )
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return all events of a model, oldest first."""
@@ -156,7 +158,9 @@ class Registry:
             try:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
             except OSError as error:
-                raise RegistryError(f"'{path}': the registry's folder cannot be made ({error.strerror}); choose another workspace.root") from None
+                raise RegistryError(
+                    f"'{path}': the registry's folder cannot be made ({error.strerror}); choose another workspace.root"
+                ) from None
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         return MlflowClient(tracking_uri=uri)
@@ -170,7 +174,9 @@ class Registry:
         try:
             return str(self._client.create_experiment(name, artifact_location=storage.join(self.workspace.runs_uri, "mlflow")))
         except MlflowException as error:
-            raise RegistryError(f"MLflow at '{self.workspace.resolved_tracking_uri}': experiment '{name}' cannot be made ({error})") from error
+            raise RegistryError(
+                f"MLflow at '{self.workspace.resolved_tracking_uri}': experiment '{name}' cannot be made ({error})"
+            ) from error
 
     def _require_model(self, name: str) -> None:
         known = [model.name for model in self._client.search_registered_models()]
@@ -186,7 +192,9 @@ class Registry:
     def _version(self, version: Any, aliases: dict[str, str] | None = None) -> ModelVersion:
         named = sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(version.version))
         created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
-        return ModelVersion(version.name, int(version.version), version.source, version.run_id or "", tuple(named), created, dict(version.tags))
+        return ModelVersion(
+            version.name, int(version.version), version.source, version.run_id or "", tuple(named), created, dict(version.tags)
+        )
 
 
 def _split_reference(reference: str) -> tuple[str, str, str]:

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ValidationError
 from eagleray.config.schema import JobConfig, Section
 from eagleray.errors import ConfigError, near_miss
 
-
 S = TypeVar("S", bound=Section)
 
 

@@ -90,9 +90,7 @@ _DECODE_FLAGS = {
 }
 
 
-def crop_and_resize(
-    data: bytes, size: tuple[int, int], box: tuple[int, int, int, int], target: int
-) -> NDArray[np.uint8]:
+def crop_and_resize(data: bytes, size: tuple[int, int], box: tuple[int, int, int, int], target: int) -> NDArray[np.uint8]:
     """Decode only as finely as needed and return `box` of the picture as a square.
 
     Args:

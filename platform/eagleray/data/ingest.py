@@ -70,7 +70,9 @@ def ingest(
     for split, items in parts.items():
         manifest = existing[split]
         if manifest is None:
-            manifest = _ingest_split(listing.classes, items, targets[split], split, config, description, lambda n: progress(done + n, len(listing.items)))  # noqa: B023
+            manifest = _ingest_split(
+                listing.classes, items, targets[split], split, config, description, lambda n: progress(done + n, len(listing.items))
+            )
         manifests[split] = manifest
         done += len(items)
         progress(done, len(listing.items))
@@ -98,7 +100,9 @@ def _split(listing: Listing, fractions: dict[str, float], seed: int) -> dict[str
         parts[assigned.get(item.key, "train")].append(item)
     empty = [name for name, items in parts.items() if not items]
     if empty:
-        raise DataError(f"split '{empty[0]}' would be empty ({len(listing.items)} pictures in all); give it a larger fraction or add pictures")
+        raise DataError(
+            f"split '{empty[0]}' would be empty ({len(listing.items)} pictures in all); give it a larger fraction or add pictures"
+        )
     return parts
 
 

@@ -107,9 +107,8 @@ class EpochPlan:
         steps = -(-len(ids) // self.global_batch_size)
         sample_ids = np.empty((steps, self.lanes, per_lane), np.int64)
         is_valid = np.empty((steps, self.lanes, per_lane), np.bool_)
-        for lane, part in enumerate(np.array_split(ids, self.lanes)):
-            if self.seed is not None:
-                part = np.random.default_rng([self.seed, epoch, window, lane]).permutation(part)
+        for lane, stored in enumerate(np.array_split(ids, self.lanes)):
+            part = stored if self.seed is None else np.random.default_rng([self.seed, epoch, window, lane]).permutation(stored)
             filler = part if len(part) else ids
             sample_ids[:, lane] = np.concatenate([part, np.resize(filler, steps * per_lane - len(part))]).reshape(steps, per_lane)
             is_valid[:, lane] = (np.arange(steps * per_lane) < len(part)).reshape(steps, per_lane)
@@ -138,7 +137,9 @@ class EpochPlan:
         ends = np.cumsum(self._rows[order])
         first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
         groups = order[first : last + 1]
-        ids = np.concatenate([np.arange(self.row_groups[g].first_id, self.row_groups[g].first_id + self.row_groups[g].rows) for g in groups])
+        ids = np.concatenate(
+            [np.arange(self.row_groups[g].first_id, self.row_groups[g].first_id + self.row_groups[g].rows) for g in groups]
+        )
         offset = start - (ends[first] - self._rows[order[first]])
         return ids[offset : offset + stop - start]
 

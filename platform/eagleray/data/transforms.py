@@ -78,10 +78,7 @@ def decode_train(
     Raises:
         DataError: damaged or truncated.
     """
-    if augment.crop_scale is None:
-        box = (0, 0, *size)
-    else:
-        box = random_resized_crop(size, augment.crop_scale, augment.crop_ratio, rng)
+    box = (0, 0, *size) if augment.crop_scale is None else random_resized_crop(size, augment.crop_scale, augment.crop_ratio, rng)
     image = crop_and_resize(data, size, box, image_size)
     return np.ascontiguousarray(image[:, ::-1]) if rng.random() < augment.flip else image
 

@@ -71,7 +71,11 @@ class WindowDecoder:
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             tables = pool.map(read, by_shard)
-            return {group: table for part, read_part in zip(by_shard.values(), tables, strict=True) for group, table in zip(part, read_part, strict=True)}
+            return {
+                group: table
+                for part, read_part in zip(by_shard.values(), tables, strict=True)
+                for group, table in zip(part, read_part, strict=True)
+            }
 
     def _decode(
         self, sample_ids: NDArray[np.int64], is_valid: NDArray[np.bool_], epoch: int, tables: dict[int, pa.Table]

@@ -133,20 +133,20 @@ def _builder(name: str, image_size: int) -> Callable[..., nn.Module]:
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True
     builder = partial(tv.get_model_builder(name), **options)
-    if isinstance_resnet(name) and image_size <= SMALL_INPUT:
+    if _is_resnet(name) and image_size <= SMALL_INPUT:
         return partial(_with_small_stem, builder)
     return builder
 
 
-def isinstance_resnet(name: str) -> bool:
+def _is_resnet(name: str) -> bool:
     return name.startswith(("resnet", "resnext", "wide_resnet"))
 
 
 def _with_small_stem(builder: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    model = builder(**options)
+    model: Any = builder(**options)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _user_function(name: str) -> Callable[..., nn.Module]:

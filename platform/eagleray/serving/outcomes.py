@@ -107,7 +107,7 @@ def parse_request_id(key: bytes, request_id: str) -> RequestId:
     """
     body, _, signature = request_id.rpartition(".")
     parts = body.split(".")
-    if len(parts) != 5 or not hmac.compare_digest(signature.encode(), _signature(key, body).encode()):  # noqa: PLR2004
+    if len(parts) != 5 or not hmac.compare_digest(signature.encode(), _signature(key, body).encode()):
         raise ServingError("this request_id was not issued by this endpoint; send the one in the answer of /predict, unchanged")
     return RequestId(experiment=parts[1], variant=parts[2], revision=int(parts[3]), label_digest=parts[4])
 

@@ -12,7 +12,7 @@ from eagleray.config.schema import JobConfig
 from eagleray.data.shards import load_manifest
 from eagleray.data.transforms import Preprocessing
 from eagleray.models.zoo import build_model
-from eagleray.training.loop import Worker, autocast_of, eval_stream, evaluate, set_up_process
+from eagleray.training.loop import Forward, Worker, eval_stream, evaluate, set_up_process
 from eagleray.training.resources import WorkerResources, share_resources
 
 
@@ -37,6 +37,6 @@ def _evaluate(
     set_up_process(job, worker)
     model = build_model(job.model, len(load_manifest(uri).classes), job.data.image_size)
     model.load_state_dict(weights)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     batches = next(eval_stream(job, uri, worker).epochs(0, 1))
-    return evaluate(model, batches, worker, Preprocessing.of(job.data), autocast_of(job, device), prefix)
+    return evaluate(model, batches, Forward(device, Preprocessing.of(job.data), job.train.precision), prefix)

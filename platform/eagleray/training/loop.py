@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from eagleray.config.schema import JobConfig
@@ -27,7 +26,7 @@ from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.data.window import WindowDecoder
 from eagleray.errors import DataError, TrainingError
 from eagleray.models.zoo import build_model
-from eagleray.training.metrics import TimedBatches, Totals
+from eagleray.training.metrics import BatchOutput, TimedBatches, Totals
 from eagleray.training.recipe import build_ema, build_optimizer, build_schedule, sample_losses
 
 
@@ -52,7 +51,7 @@ class EpochEnd:
     state: Callable[[], dict[str, Any]]
 
 
-def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) -> Iterator[EpochEnd]:
+def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) -> Generator[EpochEnd, None, None]:
     """Train `job.model` on `job.data`, one epoch per step of the iterator.
 
     Args:
@@ -67,7 +66,7 @@ def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) 
     preprocessing = Preprocessing.of(job.data)
 
     model = build_model(job.model, len(manifest.classes), job.data.image_size)
-    model.to(worker.device, memory_format=torch.channels_last)
+    model.to(worker.device).to(memory_format=torch.channels_last)
     ema = build_ema(model, job.train)
     plan = EpochPlan.of(manifest, job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, job.seed)
     optimizer = build_optimizer(model, job.train.optimizer)
@@ -80,7 +79,7 @@ def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) 
             if part is not None:
                 part.load_state_dict(resume[name])
     replica = _replicate(model, worker)
-    autocast = autocast_of(job, worker.device)
+    forward = Forward(worker.device, preprocessing, job.train.precision)
 
     decoder = WindowDecoder(job.data.train, plan, preprocessing, job.data.augment)
     train_epochs = BatchStream(decoder, worker.rank, worker.world_size, worker.train_decode).epochs(first_epoch, job.train.epochs)
@@ -92,20 +91,30 @@ def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) 
         totals = Totals(worker.device)
         replica.train()
         for step, batch in enumerate(batches):
-            losses = train_step(replica, batch, plan.num_valid(step), worker, job, preprocessing, autocast, totals)
-            _update(model, losses, optimizer, schedule, ema, job.train.grad_clip_norm)
+            output = forward(replica, batch, job.train.label_smoothing)
+            totals.add(output)
+            # DDP averages gradients over ranks; this makes that average the mean over all samples that count.
+            loss = (output.losses * output.is_valid).sum() * worker.world_size / plan.num_valid(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if job.train.grad_clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), job.train.grad_clip_norm)
+            optimizer.step()
+            schedule.step()
+            if ema is not None:
+                ema.update_parameters(model)
         metrics = totals.reduce("train")
         train_s = time.perf_counter() - start
         _check(metrics, manifest, job, epoch)
 
-        metrics |= evaluate(_evaluated(model, ema), val_batches, worker, preprocessing, autocast)
+        metrics |= evaluate(_evaluated(model, ema), val_batches, forward, "val")
         metrics |= {
             "epoch": epoch,
             "images_per_s": metrics["train_samples"] / train_s,
             "data_wait_fraction": batches.wait_s / train_s,
             "first_batch_s": batches.first_batch_s,
             "epoch_s": time.perf_counter() - start,
-            "learning_rate": schedule.get_last_lr()[0],
+            "learning_rate": float(schedule.get_last_lr()[0]),
         }
 
         def state(epoch: int = epoch) -> dict[str, Any]:
@@ -130,66 +139,29 @@ def set_up_process(job: JobConfig, worker: Worker) -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def train_step(
-    replica: nn.Module,
-    batch: Batch,
-    num_valid: int,
-    worker: Worker,
-    job: JobConfig,
-    preprocessing: Preprocessing,
-    autocast: AbstractContextManager[Any],
-    totals: Totals,
-) -> torch.Tensor:
-    """Forward one rank's part of a global batch; return its loss, scaled for the mean that DDP takes.
+class Forward:
+    """Brings a batch to the device and through a network, in the precision of the job."""
 
-    Args:
-        num_valid: samples of the global batch that count, over all ranks.
-    """
-    images, targets, is_valid = (
-        tensor.to(worker.device, non_blocking=True) for tensor in (batch.images, batch.targets, batch.is_valid)
-    )
-    with autocast:
-        losses, logits = sample_losses(replica(normalize(images, preprocessing)), targets, job.train.label_smoothing)
-    totals.add(losses, logits, targets, is_valid)
-    # DDP averages gradients over ranks; this makes that average the mean over all valid samples.
-    return (losses * is_valid).sum() * worker.world_size / num_valid
+    def __init__(self, device: torch.device, preprocessing: Preprocessing, precision: str) -> None:
+        self.device = device
+        self._preprocessing = preprocessing
+        bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+        self._autocast: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
-
-def _update(
-    model: nn.Module,
-    loss: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    ema: AveragedModel | None,
-    grad_clip_norm: float | None,
-) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if grad_clip_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), grad_clip_norm)
-    optimizer.step()
-    schedule.step()
-    if ema is not None:
-        ema.update_parameters(model)
+    def __call__(self, network: nn.Module, batch: Batch, label_smoothing: float) -> BatchOutput:
+        images, targets, is_valid = (tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.targets, batch.is_valid))
+        with self._autocast:
+            losses, logits = sample_losses(network(normalize(images, self._preprocessing)), targets, label_smoothing)
+        return BatchOutput(losses, logits, targets, is_valid)
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    worker: Worker,
-    preprocessing: Preprocessing,
-    autocast: AbstractContextManager[Any],
-    prefix: str = "val",
-) -> dict[str, float]:
-    """Return `{prefix}_loss`, `_top1`, `_top5` (fractions), exact over all ranks."""
+def evaluate(model: nn.Module, batches: Iterator[Batch], forward: Forward, prefix: str) -> dict[str, float]:
+    """Return `{prefix}_loss`, `_top1`, `_top5` (fractions) and `_samples`, exact over all ranks."""
     model.eval()
-    totals = Totals(worker.device)
+    totals = Totals(forward.device)
     for batch in batches:
-        images, targets = batch.images.to(worker.device), batch.targets.to(worker.device)
-        with autocast:
-            losses, logits = sample_losses(model(normalize(images, preprocessing)), targets, label_smoothing=0.0)
-        totals.add(losses, logits, targets, batch.is_valid.to(worker.device))
+        totals.add(forward(model, batch, label_smoothing=0.0))
     return totals.reduce(prefix)
 
 
@@ -208,14 +180,6 @@ def _replicate(model: nn.Module, worker: Worker) -> nn.Module:
 
 def _evaluated(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
     return ema.module if ema is not None else model
-
-
-def autocast_of(job: JobConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the autocast context of `train.precision` on this device (nothing for fp32)."""
-    bf16 = job.train.precision == "bf16" or (
-        job.train.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def _check(metrics: dict[str, float], manifest: Manifest, job: JobConfig, epoch: int) -> None:

@@ -105,7 +105,9 @@ def check_inputs(job: JobConfig) -> None:
             )
     empty = [name for name, count in train_split.class_counts.items() if not count]
     if empty:
-        raise DataError(f"data.train '{job.data.train}': no picture of class '{empty[0]}' ({len(empty)} empty classes); add some or remove the class")
+        raise DataError(
+            f"data.train '{job.data.train}': no picture of class '{empty[0]}' ({len(empty)} empty classes); add some or remove the class"
+        )
     with torch.device("meta"):
         model = build_model(job.model, len(train_split.classes), job.data.image_size).eval()
         try:

@@ -78,7 +78,6 @@ def run_search(job: JobConfig, run_name: str, *, on_trial: Callable[[TrialResult
     check_inputs(job)
     search = job.tune
     assert search is not None
-    trial_job = _trial_job(job, search)
     cluster = ray.cluster_resources()
     concurrent = search.max_concurrent or max(1, int(cluster.get("GPU", 0) or cluster.get("CPU", 1)))
     resources = share_resources(cluster, min(concurrent, search.num_trials), job.train.use_gpu)
@@ -87,7 +86,7 @@ def run_search(job: JobConfig, run_name: str, *, on_trial: Callable[[TrialResult
 
     callback = _TrialTable(on_trial)
     filesystem, runs_path = storage.open_uri(job.workspace.runs_uri)
-    trainable = tune.with_parameters(TrainingTrial, job=trial_job.model_dump(mode="json"), resources=resources)
+    trainable = tune.with_parameters(TrainingTrial, job=trial_job(job).model_dump(mode="json"), resources=resources)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
         tune_config=tune.TuneConfig(
@@ -119,7 +118,10 @@ def run_search(job: JobConfig, run_name: str, *, on_trial: Callable[[TrialResult
     return SearchResult(run_name, run_uri, trials, best, apply_values(job, best.values))
 
 
-def _trial_job(job: JobConfig, search: SearchConfig) -> JobConfig:
+def trial_job(job: JobConfig) -> JobConfig:
+    """Return the job as its trials run it: the search's epochs, one worker."""
+    search = job.tune
+    assert search is not None
     warmup = min(job.train.schedule.warmup_epochs, search.epochs / 4)
     return with_values(job, {"train.epochs": search.epochs, "train.schedule.warmup_epochs": warmup, "train.num_workers": 1})
 

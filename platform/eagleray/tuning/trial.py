@@ -6,6 +6,7 @@ that starting Python and torch, the dear part of a short trial, is paid once per
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import ray.tune
@@ -13,13 +14,15 @@ import torch
 
 from eagleray.artifacts.checkpoint import load_state, save_state
 from eagleray.config.load import build_job
-from eagleray.training.loop import Worker, train
+from eagleray.training.loop import EpochEnd, Worker, train
 from eagleray.training.resources import WorkerResources
 from eagleray.tuning.search_space import apply_values
 
 
 class TrainingTrial(ray.tune.Trainable):
     """Trains a job with one point of its search space, on one worker; reports each epoch."""
+
+    _epochs: Generator[EpochEnd, None, None]
 
     def setup(self, config: dict[str, Any], job: dict[str, Any], resources: WorkerResources) -> None:
         self._search_job = build_job(job)

@@ -10,7 +10,9 @@ import pytest
 from eagleray.data.plan import EpochPlan, RowGroup
 
 
-def make_plan(num_rows: int = 1000, rows_per_group: int = 37, batch: int = 64, lanes: int = 8, window: int = 256, seed: int | None = 7) -> EpochPlan:
+def make_plan(
+    num_rows: int = 1000, rows_per_group: int = 37, batch: int = 64, lanes: int = 8, window: int = 256, seed: int | None = 7
+) -> EpochPlan:
     groups, first = [], 0
     while first < num_rows:
         rows = min(rows_per_group, num_rows - first)
