@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from eagleray import __version__, storage
 from eagleray.config.load import load_job as load_job
-from eagleray.config.schema import IngestConfig, JobConfig, WorkspaceConfig
+from eagleray.config.schema import IngestConfig, JobConfig, ServingConfig, WorkspaceConfig
+from eagleray.errors import ServingError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from eagleray.artifacts.registry import ModelVersion, Registry
     from eagleray.cluster.doctor import Check
     from eagleray.data.shards import Manifest
+    from eagleray.serving.experiment import Experiment
     from eagleray.training.trainer import TrainingResult
     from eagleray.tuning.search import SearchResult, TrialResult
 
@@ -205,6 +207,81 @@ def export_model(workspace: WorkspaceConfig, reference: str, target: str) -> str
     load_package(version.package_uri)
     storage.copy_tree(version.package_uri, target)
     return storage.normalize_uri(target)
+
+
+def serve(workspace: WorkspaceConfig, versions: dict[str, str], config: ServingConfig | None = None, *, address: str | None = None) -> str:
+    """Serve versions behind one endpoint, users split evenly among them, and return the endpoint's address.
+
+    The endpoint lives as long as its cluster: with `address=None` call this within `connected()`.
+
+    Args:
+        versions: variant name → reference (`imagenet@champion`, `imagenet:7`), all of one model; the first is the control.
+
+    Raises:
+        RegistryError: no such version, or its package does not verify.
+        ServingError: the port is taken, or a version does not come up.
+    """
+    from eagleray.cluster.connect import connected
+    from eagleray.serving import endpoint
+    from eagleray.serving.experiment import Variant
+
+    registry = open_registry(workspace)
+    resolved = {variant: registry.resolve(reference) for variant, reference in versions.items()}
+    names = {version.name for version in resolved.values()}
+    if len(names) != 1:
+        raise ServingError(f"{', '.join(sorted(names))}: the variants of an endpoint are versions of one model; deploy each model by itself")
+    model = names.pop()
+    experiment = endpoint.new_experiment(model, [Variant(name=name, version=v.version, weight=1.0) for name, v in resolved.items()])
+    with connected(address):
+        url = endpoint.deploy(model, resolved, experiment, config or ServingConfig(), workspace.experiments_uri)
+    registry.save_experiment(model, experiment.model_dump(mode="json"))
+    registry.record_event(model, "deployed", {"url": url, "versions": {name: version.version for name, version in resolved.items()}})
+    return url
+
+
+def serve_status(address: str | None = "auto") -> dict[str, Any]:
+    """Return what the endpoint on a cluster serves: its address, and per model its variants and their traffic."""
+    from eagleray.cluster.connect import connected
+    from eagleray.serving import endpoint
+
+    with connected(address):
+        return endpoint.status()
+
+
+def ab_start(workspace: WorkspaceConfig, name: str, challenger: str, traffic_fraction: float, *, address: str | None = "auto") -> Experiment:
+    """Send a fraction of the users of `name` to another version; see `endpoint.ab_start`."""
+    from eagleray.cluster.connect import connected
+    from eagleray.serving import endpoint
+
+    with connected(address):
+        return endpoint.ab_start(open_registry(workspace), name, challenger, traffic_fraction)
+
+
+def ab_status(workspace: WorkspaceConfig, name: str, *, address: str | None = "auto") -> dict[str, Any]:
+    """Return the figures of the experiment on `name`: shares, latencies, outcomes, and the difference with its interval."""
+    from eagleray.cluster.connect import connected
+    from eagleray.serving import endpoint
+
+    with connected(address):
+        return endpoint.ab_status(open_registry(workspace), name)
+
+
+def ab_promote(workspace: WorkspaceConfig, name: str, variant: str | None = None, *, address: str | None = "auto") -> Experiment:
+    """End the experiment: the challenger becomes `champion` and gets all traffic, without a failed request."""
+    from eagleray.cluster.connect import connected
+    from eagleray.serving import endpoint
+
+    with connected(address):
+        return endpoint.ab_promote(open_registry(workspace), name, variant)
+
+
+def ab_abort(workspace: WorkspaceConfig, name: str, *, address: str | None = "auto") -> Experiment:
+    """End the experiment: all traffic returns to the champion."""
+    from eagleray.cluster.connect import connected
+    from eagleray.serving import endpoint
+
+    with connected(address):
+        return endpoint.ab_abort(open_registry(workspace), name)
 
 
 def doctor(address: str | None = None, uri: str | None = None, port: int = 8000) -> list[Check]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eagleray import __version__
+from eagleray.cluster.connect import prepare_environment
 from eagleray.errors import EagleRayError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
         os.environ["EAGLERAY_DEBUG"] = "1"
+    prepare_environment()
     try:
         app()
     except EagleRayError as error:

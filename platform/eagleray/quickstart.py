@@ -67,11 +67,10 @@ def run_quickstart(
     Raises:
         EagleRayError: the input cannot be used; nothing is left half-written.
     """
-    from eagleray.cluster.connect import connected
-    from eagleray.serving import endpoint
+    from eagleray.cluster.connect import check_port_free, connected
 
     started = time.perf_counter()
-    endpoint.check_port(port)
+    check_port_free("127.0.0.1", port)
     root = _new_directory(directory)
     stages = Stages(console, total=7)
     with ExitStack() as stack:
@@ -103,8 +102,11 @@ def run_quickstart(
                 console.print(
                     f"  {alias:<10} {version.reference}  {version.tags['architecture']}  held-out top-1 {100 * float(version.tags['test_top1']):.1f} %"
                 )
+        from eagleray.serving import endpoint
+
         with stages("serve", "serve: A/B test over HTTP, the held-out pictures as client requests"):
-            url = api.serve(search.job, {"champion": trained.version, "challenger": challenger})
+            references = {"champion": trained.version.reference, "challenger": challenger.reference}
+            url = api.serve(job.workspace, references, job.serve)
             stack.callback(endpoint.shutdown)
             results = _send_held_out(url, job, manifests["test"].classes)
         summary = _summary(

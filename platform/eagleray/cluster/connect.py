@@ -56,7 +56,7 @@ def connected(address: str | None = None, *, num_cpus: int | None = None) -> Ite
     Raises:
         ClusterError: nobody answers at `address`, the token is wrong, or versions differ.
     """
-    os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key not in os.environ})
+    prepare_environment()
     import ray
 
     if ray.is_initialized():
@@ -117,6 +117,24 @@ def _check_port(address: str) -> None:
         raise ClusterError(
             f"--address '{address}': nobody listens there ({error.strerror or error}); start a cluster with `ray start --head`, or leave --address out"
         ) from None
+
+
+def prepare_environment() -> None:
+    """Set what Ray reads from the environment when it is imported; what the user has set stays."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raise ClusterError if a program listens on `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port, or end the program that holds it"
+            ) from None
 
 
 def package_directory() -> Path:

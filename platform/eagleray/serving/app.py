@@ -174,12 +174,14 @@ async def _read_multipart(request: Request, config: ServingConfig) -> list[bytes
         form = await MultiPartParser(request.headers, stream, max_files=config.max_batch_size, max_fields=0).parse()
     except MultiPartException as error:
         raise Refusal(400, f"{error.message.rstrip('.')}; send up to {config.max_batch_size} files in fields named '{_PICTURE_FIELD}'") from None
-    async with form:
+    try:
         fields = sorted({name for name, _ in form.multi_items()})
         uploads = [upload for upload in form.getlist(_PICTURE_FIELD) if isinstance(upload, UploadFile)]
         if fields != [_PICTURE_FIELD] or not uploads:
             raise Refusal(400, f"fields found: {', '.join(fields) or 'none'}; send files in fields named '{_PICTURE_FIELD}'")
         return [await upload.read() for upload in uploads]
+    finally:
+        await form.close()
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -279,7 +281,7 @@ def _parse_infer(body: bytes, config: ServingConfig) -> tuple[InferRequest, np.n
         raise Refusal(422, f"inputs.0.shape {list(tensor.shape)}: up to {config.max_batch_size} pictures of up to {config.max_image_pixels} pixels each")
     try:
         values = np.asarray(tensor.data, dtype=np.int64)
-        if values.size and (values.min() < 0 or values.max() > 255):  # noqa: PLR2004
+        if values.size and (values.min() < 0 or values.max() > 255):
             raise ValueError("UINT8 values go from 0 to 255")
         return asked, values.astype(np.uint8).reshape(tensor.shape)
     except (ValueError, TypeError, OverflowError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from ray import serve
 
 from eagleray.config.schema import ServingConfig
 from eagleray.errors import DataError
-from eagleray.serving.predictor import Prediction, Predictor
+
+if TYPE_CHECKING:
+    from eagleray.serving.predictor import Prediction
 
 NAME = "Classifier"
 MAX_THREADS = 8
@@ -37,6 +39,8 @@ class Classifier:
     """
 
     def __init__(self, package_uri: str, num_replicas: int) -> None:
+        from eagleray.serving.predictor import Predictor  # loads torch, which the ingress does without
+
         cores = len(os.sched_getaffinity(0))
         # The event loop only moves bytes. One thread runs the model, so that its OpenMP threads are made once.
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -72,7 +76,7 @@ class Classifier:
         images = await asyncio.gather(*(loop.run_in_executor(self._decode_threads, self._predictor.fit, rgb) for rgb in pixels))
         return np.stack(await asyncio.gather(*(self._run_batch(image) for image in images)))
 
-    @serve.batch
+    @serve.batch  # type: ignore[untyped-decorator]
     async def _run_batch(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
         self._batches += 1
         self._pictures += len(images)

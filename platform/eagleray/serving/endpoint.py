@@ -139,6 +139,20 @@ def new_experiment(model: str, variants: Iterable[Variant]) -> Experiment:
     return Experiment(id=name, model=model, salt=secrets.token_hex(16), variants=tuple(variants), started=now, revised=now)
 
 
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """Raise ServingError if this machine cannot listen on `port`, for example because another program does."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"serve.port {port} on {host} cannot be used ({error.strerror}); "
+                "set serve.port to a free port, or end the program that holds this one"
+            ) from None
+
+
 # --- A/B --------------------------------------------------------------------------------------------------------
 
 
@@ -186,10 +200,10 @@ def ab_status(registry: Registry, name: str) -> dict[str, Any]:
     """
     if _is_running() and name in _state().models:
         return report(name)
-    ended = [event for event in registry.events(name) if "report" in event.get("details", event)]
+    ended = [event for event in registry.events(name) if "report" in event]
     if not ended:
         raise ServingError(f"no experiment has been run on '{name}'; start one with `eagleray ab start {name}`")
-    return cast("dict[str, Any]", ended[-1].get("details", ended[-1])["report"])
+    return cast("dict[str, Any]", ended[-1]["report"])
 
 
 def ab_set_weights(registry: Registry, name: str, weights: Mapping[str, float]) -> Experiment:
@@ -240,7 +254,7 @@ def _end(registry: Registry, experiment: Experiment, winner: str, kind: str) -> 
 
 
 def _record(registry: Registry, experiment: Experiment, kind: str, details: dict[str, Any]) -> None:
-    registry.save_experiment(experiment.model, experiment.model_dump(mode="json"))
+    registry.save_experiment(experiment.model, experiment.model_dump(mode="json") if experiment.is_running else None)
     registry.record_event(experiment.model, kind, {"experiment": experiment.id} | details)
 
 
@@ -254,11 +268,8 @@ def _versions(experiment: Experiment) -> dict[str, int]:
 def _start_serve(config: ServingConfig) -> str:
     """Start Ray Serve on the configured port, unless it runs there; return the address."""
     if not _is_serve_up():
-        _check_port(config)
-        serve.start(
-            http_options={"host": config.host, "port": config.port},
-            logging_config=_QUIET,
-        )
+        check_port(config.port, config.host)
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=_QUIET)
         return _address()
     options = _serve_client().http_config
     if options.port != config.port:
@@ -267,19 +278,6 @@ def _start_serve(config: ServingConfig) -> str:
             f"set serve.port to {options.port}, or end what is served there"
         )
     return _address()
-
-
-def _check_port(config: ServingConfig) -> None:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise ServingError(
-                f"serve.port {config.port} on {config.host} cannot be used ({error.strerror}); "
-                "set serve.port to a free port (--set serve.port=8001), or end the program that holds it"
-            ) from None
 
 
 def _serve_client() -> Any:
@@ -350,9 +348,11 @@ def _apply(state: RouterState) -> None:
     # Versions shared by two variants are one application.
     needed = {backend.application: (backend, spec.config) for spec in state.models.values() for backend in spec.backends.values()}
     total = sum(config.num_replicas for _, config in needed.values())
-    targets = [serve.RunTarget(_classifier(b, config, total), name, None, _QUIET) for name, (b, config) in needed.items()]
-    _run([*targets])
-    _run([serve.RunTarget(_ingress_application(state), INGRESS_APPLICATION, "/", _QUIET)])
+    classifiers = [serve.RunTarget(_classifier(b, config, total), name, None, _QUIET) for name, (b, config) in needed.items()]
+    ingress_target = serve.RunTarget(_ingress_application(state), INGRESS_APPLICATION, "/", _QUIET)
+    # Only an ingress that has users must not hear of a version before it is up.
+    for targets in [classifiers, [ingress_target]] if _is_running() else [[*classifiers, ingress_target]]:
+        _run(targets)
     for name in serve.status().applications:
         if name not in needed and name != INGRESS_APPLICATION:
             serve.delete(name, _blocking=False)
@@ -409,9 +409,20 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _run(targets: list[Any]) -> None:
-    serve.run_many(targets, wait_for_applications_running=False)
+def _run(targets: list[serve.RunTarget]) -> None:
+    """Deploy applications and return when they run; those that were not there before are removed if one fails."""
+    before = set(serve.status().applications)
     names = [target.name for target in targets]
+    try:
+        serve.run_many(targets, wait_for_applications_running=False)
+        _wait_until_running(names)
+    except ServingError:
+        for name in set(names) - before:
+            serve.delete(name, _blocking=False)
+        raise
+
+
+def _wait_until_running(names: list[str]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         applications = serve.status().applications

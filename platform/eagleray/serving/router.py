@@ -7,7 +7,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,10 @@ from eagleray.serving.outcomes import (
     read_assignments,
     read_outcomes,
 )
-from eagleray.serving.predictor import Prediction
 from eagleray.serving.report import experiment_report
+
+if TYPE_CHECKING:
+    from eagleray.serving.predictor import Prediction
 
 ATTEMPTS = 3
 """A replica that dies under a request is replaced; the request is sent again."""
@@ -190,7 +192,7 @@ class Router:
         started = time.perf_counter()
         probabilities: NDArray[np.float32] = await self._call(target, "classify_pixels", pixels)
         classes = target.backend.spec.classes
-        best = [[Prediction(label=classes[int(row.argmax())], probability=float(row.max()))] for row in probabilities]
+        best: list[list[Prediction]] = [[{"label": classes[int(row.argmax())], "probability": float(row.max())}] for row in probabilities]
         return self._answered(target, best, started), probabilities
 
     async def _call(self, target: Target, method: str, *arguments: Any) -> Any:

@@ -175,6 +175,10 @@ class _TrialTable(tune.Callback):
         self._rows: dict[str, TrialResult] = {}
         self._started: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune saves its callbacks with the experiment; whoever listens here is of this process alone.
+        return self.__dict__ | {"_on_trial": None}
+
     def results(self) -> list[TrialResult]:
         return list(self._rows.values())
 
