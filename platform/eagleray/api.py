@@ -229,7 +229,9 @@ def serve(workspace: WorkspaceConfig, versions: dict[str, str], config: ServingC
     resolved = {variant: registry.resolve(reference) for variant, reference in versions.items()}
     names = {version.name for version in resolved.values()}
     if len(names) != 1:
-        raise ServingError(f"{', '.join(sorted(names))}: the variants of an endpoint are versions of one model; deploy each model by itself")
+        raise ServingError(
+            f"{', '.join(sorted(names))}: the variants of an endpoint are versions of one model; deploy each model by itself"
+        )
     model = names.pop()
     experiment = endpoint.new_experiment(model, [Variant(name=name, version=v.version, weight=1.0) for name, v in resolved.items()])
     with connected(address):
@@ -248,7 +250,9 @@ def serve_status(address: str | None = "auto") -> dict[str, Any]:
         return endpoint.status()
 
 
-def ab_start(workspace: WorkspaceConfig, name: str, challenger: str, traffic_fraction: float, *, address: str | None = "auto") -> Experiment:
+def ab_start(
+    workspace: WorkspaceConfig, name: str, challenger: str, traffic_fraction: float, *, address: str | None = "auto"
+) -> Experiment:
     """Send a fraction of the users of `name` to another version; see `endpoint.ab_start`."""
     from eagleray.cluster.connect import connected
     from eagleray.serving import endpoint

@@ -41,6 +41,10 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a k
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to join (host:port or 'auto'); by default Ray is started here.", envvar="EAGLERAY_ADDRESS")
 ]
+ServeAddress = Annotated[
+    str, typer.Option(help="Ray cluster that serves (host:port, or 'auto' for the one on this machine).", envvar="EAGLERAY_ADDRESS")
+]
+JobsAddress = Annotated[str, typer.Option("--address", help="Ray's job server: http://head:8265.")]
 RunName = Annotated[str | None, typer.Option("--name", help="Name of the run; by default the job's name and the time.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")]
 Root = Annotated[str, typer.Option(help="Workspace: the job file's workspace.root.", envvar="EAGLERAY_ROOT")]
@@ -350,6 +354,230 @@ def models_export(
     console.print(f"exported to {api.export_model(_workspace(root, tracking_uri), reference, target)}")
 
 
+@serve_app.command("deploy")
+def serve_deploy(
+    reference: Annotated[str, typer.Argument(help="name@alias or name:version.")],
+    challenger: Annotated[str | None, typer.Option(help="A second version of the model; users are split evenly.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    replicas: Annotated[int, typer.Option(help="Replicas of each version.")] = 1,
+    address: Address = None,
+    root: Root = DEFAULT_ROOT,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Serve a version over HTTP; on a cluster it stays up, without --address until Ctrl-C."""
+    from eagleray import api
+    from eagleray.cluster.connect import connected
+    from eagleray.config.load import build_section
+    from eagleray.config.schema import ServingConfig
+
+    versions = {"champion": reference} | ({"challenger": challenger} if challenger else {})
+    config = build_section(ServingConfig, {"host": host, "port": port, "num_replicas": replicas}, "serve")
+    with connected(address):
+        url = api.serve(_workspace(root, tracking_uri), versions, config, address=address)
+        model = api.open_registry(_workspace(root, tracking_uri)).resolve(reference).name
+        console.print(f"endpoint {url}\ntry it   curl -s --data-binary @picture.jpg {url}/predict/{model}\ndocs     {url}/docs")
+        if address is None:
+            console.print("Serving until Ctrl-C.")
+            wait_for_interrupt()
+
+
+@serve_app.command("status")
+def serve_status(address: ServeAddress = "auto", json_path: JsonPath = None) -> None:
+    """What the endpoint on a cluster serves."""
+    from eagleray import api
+
+    status = api.serve_status(address)
+    table = _table("model", "variant", "version", "traffic", "state")
+    for name, model in status["models"].items():
+        for variant, row in model["variants"].items():
+            table.add_row(name, variant, str(row["version"]), f"{100 * row['traffic']:.0f} %", row["state"])
+    console.print(f"endpoint {status['address']}")
+    console.print(table)
+    _write_json(json_path, status)
+
+
+@ab_app.command("start")
+def ab_start(
+    name: Annotated[str, typer.Argument(help="A model that is served.")],
+    challenger: Annotated[str, typer.Option(help="Version number or reference.")],
+    traffic: Annotated[str, typer.Option(help="Share of the users for the challenger, such as 10%.")] = "10%",
+    address: ServeAddress = "auto",
+    root: Root = DEFAULT_ROOT,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Send a share of the users to another version."""
+    from eagleray import api
+
+    experiment = api.ab_start(_workspace(root, tracking_uri), name, challenger, _fraction("--traffic", traffic), address=address)
+    shares = ", ".join(
+        f"{variant.name} {name}:{variant.version} {100 * experiment.shares[variant.name]:.0f} %" for variant in experiment.variants
+    )
+    console.print(f"experiment {experiment.id}: {shares}")
+
+
+@ab_app.command("status")
+def ab_status(
+    name: Annotated[str, typer.Argument(help="A model that is or was tested.")],
+    address: ServeAddress = "auto",
+    root: Root = DEFAULT_ROOT,
+    tracking_uri: TrackingUri = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Shares, latencies and outcomes of each variant, and what they prove so far; may be looked at any time."""
+    from eagleray import api
+
+    report = api.ab_status(_workspace(root, tracking_uri), name, address=address)
+    console.print(f"experiment {report['experiment']}: {report['status']}")
+    table = _table("variant", "version", "requests", "share", "errors", "p50 ms", "p99 ms", "outcomes", "success")
+    for variant, row in report["variants"].items():
+        cells = (row["requests"], _percent(row["share"]), row["errors"], _short(row["p50_ms"]), _short(row["p99_ms"]), row["outcomes"])
+        table.add_row(variant, str(row["version"]), *(str(cell) for cell in cells), _percent(row["success_rate"]))
+    console.print(table)
+    for variant, difference in report["differences"].items():
+        low, high = 100 * difference["low"], 100 * difference["high"]
+        console.print(
+            f"{variant} − {report['control']}: {100 * difference['estimate']:+.1f} points, {low:+.1f} to {high:+.1f} at {1 - difference['alpha']:.0%} confidence, at any time"
+        )
+    if report["sample_ratio"]["is_mismatch"]:
+        console.print(
+            f"[red]the split is broken[/]: sample-ratio p = {report['sample_ratio']['p_value']:.2g}; do not trust the figures before the cause is found"
+        )
+    _write_json(json_path, report)
+
+
+@ab_app.command("promote")
+def ab_promote(
+    name: Annotated[str, typer.Argument(help="The tested model.")],
+    variant: Annotated[str | None, typer.Option(help="Variant to promote; by default the only challenger.")] = None,
+    address: ServeAddress = "auto",
+    root: Root = DEFAULT_ROOT,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """The challenger becomes champion and gets all traffic."""
+    from eagleray import api
+
+    experiment = api.ab_promote(_workspace(root, tracking_uri), name, variant, address=address)
+    winner = experiment.variant(experiment.winner or "")
+    console.print(f"{name}:{winner.version} is now {name}@champion and gets all traffic")
+
+
+@ab_app.command("abort")
+def ab_abort(
+    name: Annotated[str, typer.Argument(help="The tested model.")],
+    address: ServeAddress = "auto",
+    root: Root = DEFAULT_ROOT,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """All traffic returns to the champion."""
+    from eagleray import api
+
+    experiment = api.ab_abort(_workspace(root, tracking_uri), name, address=address)
+    console.print(f"experiment {experiment.id} is aborted; {name}:{experiment.control.version} gets all traffic")
+
+
+@app.command()
+def submit(
+    job_file: JobFile,
+    address: Annotated[str, typer.Option(help="Ray's job server: http://head:8265.")],
+    verb: Annotated[str | None, typer.Option(help="train or tune; by default tune where the job has a tune section.")] = None,
+    overrides: Overrides = None,
+    name: RunName = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return at once instead of following the log.")] = False,
+) -> None:
+    """Run a job file on a cluster; Ctrl-C leaves the job running. Exits 1 if the job fails."""
+    from eagleray import api
+
+    job = api.load_job(job_file, overrides)
+    submission = api.submit(job, address, verb=verb, name=name)
+    console.print(f"submitted {submission}")
+    console.print(
+        f"follow it: eagleray jobs logs {submission} --address {address} --follow\nstop it:   eagleray jobs stop {submission} --address {address}"
+    )
+    if detach:
+        return
+    _follow(submission, address)
+
+
+@jobs_app.command("list")
+def jobs_list(address: JobsAddress) -> None:
+    """Jobs of a cluster, newest first."""
+    from eagleray import api
+
+    table = _table("job", "status", "started", "entrypoint")
+    for job in api.list_jobs(address):
+        table.add_row(job.submission_id, job.status, f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else "", _escape(job.entrypoint))
+    console.print(table)
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    submission_id: Annotated[str, typer.Argument(help="Id of the job.")],
+    address: JobsAddress,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; exits 1 if it fails.")] = False,
+) -> None:
+    """The log of a job."""
+    from eagleray import api
+
+    if follow:
+        _follow(submission_id, address)
+        return
+    for text in api.job_logs(submission_id, address):
+        console.out(text, end="")
+
+
+@jobs_app.command("stop")
+def jobs_stop(submission_id: Annotated[str, typer.Argument(help="Id of the job.")], address: JobsAddress) -> None:
+    """Stop a job; its runs can be resumed from their newest checkpoints."""
+    from eagleray import api
+
+    console.print(f"{submission_id}: {'stopped' if api.stop_job(submission_id, address) else 'had ended before'}")
+
+
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Also look at this Ray cluster (host:port).")] = None,
+    uri: Annotated[str | None, typer.Option(help="Also look at this folder or s3:// URI.")] = None,
+    port: Annotated[int, typer.Option(help="Port the endpoint would take.")] = 8000,
+) -> None:
+    """What is wrong with this set-up, and what to do; exit 1 if anything is."""
+    from eagleray import api
+
+    table = _table("", "check", "found", "what to do")
+    checks = api.doctor(address, uri, port)
+    for check in checks:
+        mark = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "[yellow]note[/]"}[check.ok]
+        table.add_row(mark, check.name, _escape(check.detail), _escape(check.remedy))
+    console.print(table)
+    if any(check.ok is False for check in checks):
+        raise typer.Exit(1)
+
+
+def wait_for_interrupt() -> None:
+    """Return when the user presses Ctrl-C (or the process is asked to end)."""
+    import signal
+    from contextlib import suppress
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with suppress(KeyboardInterrupt):
+        signal.pause()
+
+
+def _follow(submission_id: str, address: str) -> None:
+    from eagleray import api
+
+    try:
+        for text in api.job_logs(submission_id, address, follow=True):
+            console.out(text, end="")
+    except KeyboardInterrupt:
+        console.print(f"\nthe job goes on; follow it: eagleray jobs logs {submission_id} --address {address} --follow")
+        return
+    status = api.job_status(submission_id, address)
+    console.print(f"{submission_id}: {status}")
+    if status != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
 def epoch_line(metrics: dict[str, float], epochs: int) -> str:
     """Return one line on an epoch."""
     return (
@@ -441,6 +669,19 @@ def _split(parts: list[str]) -> dict[str, float]:
         except ValueError:
             raise ConfigError(f"--split '{part}': expected name=fraction, for example val=0.1") from None
     return fractions
+
+
+def _fraction(option: str, text: str) -> float:
+    from eagleray.errors import ConfigError
+
+    try:
+        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ConfigError(f"{option} '{text}': expected a percentage such as 10%, or a fraction such as 0.1") from None
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def _workspace(root: str, tracking_uri: str | None) -> WorkspaceConfig:

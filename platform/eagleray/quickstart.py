@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ def run_quickstart(
     Raises:
         EagleRayError: the input cannot be used; nothing is left half-written.
     """
+    from eagleray.cli import epoch_line, print_trial, wait_for_interrupt
     from eagleray.cluster.connect import check_port_free, connected
 
     started = time.perf_counter()
@@ -92,9 +93,9 @@ def run_quickstart(
                     f"  {split:<6} {manifest.num_rows:>6,} pictures, {len(manifest.classes)} classes, {len(manifest.shards)} shard(s), {manifest.num_refused} refused"
                 )
         with stages("tune", f"tune: {job.tune.num_trials if job.tune else 0} trials, Ray Tune + Optuna, ASHA"):
-            search = api.tune(job, on_trial=_trial_printer(console))
+            search = api.tune(job, on_trial=print_trial(console))
         with stages("train", f"train: the winner, {search.best.family}, by DDP on {job.train.max_workers} workers"):
-            trained = api.train(search.job, alias="champion", on_epoch=_epoch_printer(console, search.job))
+            trained = api.train(search.job, alias="champion", on_epoch=lambda m: console.print("  " + epoch_line(m, job.train.epochs)))
         with stages("register", "register: champion and challenger"):
             runner_up = _runner_up(search)
             challenger = api.register_trial(search, runner_up, alias="challenger")
@@ -117,7 +118,7 @@ def run_quickstart(
         _print_summary(console, summary, job, manifests["test"].classes)
         if stay:
             console.print("\nServing until Ctrl-C.")
-            _wait_for_interrupt()
+            wait_for_interrupt()
             console.print("stopping …")
     return summary
 
@@ -170,18 +171,6 @@ def job_path() -> Path:
     """Return the quickstart's job file: the checkout's, or the copy within an installed package."""
     in_checkout = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
     return in_checkout if in_checkout.exists() else Path(__file__).with_name("quickstart.yaml")
-
-
-def _trial_printer(console: Console) -> Any:
-    from eagleray.cli import print_trial
-
-    return print_trial(console)
-
-
-def _epoch_printer(console: Console, job: JobConfig) -> Any:
-    from eagleray.cli import epoch_line
-
-    return lambda metrics: console.print("  " + epoch_line(metrics, job.train.epochs))
 
 
 def _runner_up(search: SearchResult) -> TrialResult:
@@ -299,8 +288,3 @@ def _sample_picture(root: Path, job: JobConfig, classes: list[str]) -> Path:
     path = root / f"sample-{classes[label]}{Path(key).suffix}"
     path.write_bytes(picture)
     return path
-
-
-def _wait_for_interrupt() -> None:
-    with suppress(KeyboardInterrupt):
-        signal.pause()

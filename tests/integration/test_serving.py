@@ -1,0 +1,498 @@
+"""The endpoint as users meet it: a real Ray Serve application, asked over HTTP."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ray import serve
+
+from eagleray.artifacts.package import WEIGHTS_NAME, ModelCard, save_package
+from eagleray.artifacts.registry import ModelVersion, Registry
+from eagleray.config.schema import ModelConfig, ServingConfig, WorkspaceConfig
+from eagleray.data.transforms import Preprocessing
+from eagleray.errors import RegistryError, ServingError
+from eagleray.models.zoo import build_model
+from eagleray.serving import deployment, endpoint
+from eagleray.serving.experiment import Experiment, Variant, with_weights
+from eagleray.serving.outcomes import read_outcomes
+from eagleray.serving.predictor import Predictor
+
+CLASSES = [f"digit-{i}" for i in range(10)]
+LIMITS = {"max_image_bytes": 200_000, "max_image_pixels": 1_000_000, "max_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+# --- Set-up -----------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int = 0, width: int = 30, height: int = 20) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def package(uri: str, seed: int, name: str = "digits") -> str:
+    torch.manual_seed(seed)
+    config = ModelConfig(name="cnn", params={"width": 8})
+    card = ModelCard(
+        name=name,
+        model=config,
+        classes=CLASSES,
+        preprocessing=Preprocessing(image_size=32, eval_resize=32),
+        metrics={},
+        run_name="test",
+        data_digest="",
+        job={},
+        code_version="",
+    )
+    save_package(uri, build_model(config, len(CLASSES), 32).state_dict(), card)
+    return uri
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    registry = Registry(WorkspaceConfig(root=str(tmp_path_factory.mktemp("workspace"))))
+    for seed in (1, 2, 3):
+        registry.register("digits", package(f"{registry.workspace.models_uri}/digits-{seed}", seed), "", {})
+    registry.set_alias("digits", "champion", 1)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def versions(registry: Registry) -> dict[str, ModelVersion]:
+    return {"champion": registry.resolve("digits:1"), "challenger": registry.resolve("digits:2")}
+
+
+@pytest.fixture(scope="module")
+def config() -> ServingConfig:
+    return ServingConfig(port=free_port(), **LIMITS)
+
+
+@pytest.fixture(scope="module")
+def client(ray_cluster: Any, registry: Registry, versions: dict[str, ModelVersion], config: ServingConfig) -> Iterator[httpx.Client]:
+    address = endpoint.deploy("digits", versions, split(0.5), config, registry.workspace.experiments_uri)
+    with httpx.Client(base_url=address, timeout=60.0) as client:
+        yield client
+    endpoint.shutdown()
+
+
+def split(challenger: float) -> Experiment:
+    variants = [Variant(name="champion", version=1, weight=1 - challenger), Variant(name="challenger", version=2, weight=challenger)]
+    return endpoint.new_experiment("digits", variants)
+
+
+@pytest.fixture
+def experiment(client: httpx.Client, registry: Registry, versions: dict[str, ModelVersion], config: ServingConfig) -> Experiment:
+    """A fresh even split, whatever the tests before left."""
+    fresh = split(0.5)
+    endpoint.deploy("digits", versions, fresh, config, registry.workspace.experiments_uri)
+    return fresh
+
+
+def predict(client: httpx.Client, key: str, **headers: str) -> dict[str, Any]:
+    response = client.post("/predict/digits", content=picture(), headers={"X-Routing-Key": key, **headers})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+@contextmanager
+def constant_load(client: httpx.Client) -> Iterator[list[tuple[int, str]]]:
+    """Ask all the time from four threads; yields the growing list of (status, variant or text)."""
+    results: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def ask(thread: int) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            try:
+                response = client.post("/predict/digits", content=picture(), headers={"X-Routing-Key": f"load-{thread}-{number}"})
+            except httpx.HTTPError as error:
+                results.append((0, repr(error)))
+                continue
+            results.append((response.status_code, response.json()["variant"] if response.status_code == 200 else response.text))
+
+    with ThreadPoolExecutor(4) as pool:
+        threads = [pool.submit(ask, thread) for thread in range(4)]
+        try:
+            yield results
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.result()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_that_of_the_version_that_it_names(client: httpx.Client, versions: dict[str, ModelVersion]):
+    for variant, version in versions.items():
+        answer = client.post("/predict/digits?top_k=3", content=picture(5), headers={"X-Variant": variant}).json()
+        expected = Predictor(version.package_uri, 1).predict([picture(5)], top_k=3)[0]
+        assert (answer["model"], answer["variant"], answer["version"]) == ("digits", variant, version.version)
+        assert [p["label"] for p in answer["predictions"]] == [p["label"] for p in expected]
+        assert [p["probability"] for p in answer["predictions"]] == pytest.approx([p["probability"] for p in expected], abs=1e-5)
+        assert answer["latency_ms"] > 0
+
+
+def test_several_pictures_in_one_form_are_answered_in_order(client: httpx.Client):
+    files = [("image", (f"{i}.png", picture(i))) for i in range(3)]
+    answer = client.post("/predict/digits", files=files, headers={"X-Variant": "champion"}).json()
+    single = [client.post("/predict/digits", content=picture(i), headers={"X-Variant": "champion"}).json()["predictions"] for i in range(3)]
+    for several, alone in zip(answer["predictions"], single, strict=True):
+        assert several[0]["label"] == alone[0]["label"]
+        assert several[0]["probability"] == pytest.approx(alone[0]["probability"], abs=1e-5)
+    assert len(set(answer["request_ids"])) == 3
+
+
+def test_requests_that_come_together_share_batches(client: httpx.Client):
+    classifier = serve.get_deployment_handle(deployment.NAME, app_name="digits-v1")
+    before = classifier.batch_counts.remote().result()
+    body, headers = picture(), {"X-Variant": "champion"}
+    with ThreadPoolExecutor(24) as pool:
+        statuses = list(pool.map(lambda _: client.post("/predict/digits", content=body, headers=headers).status_code, range(240)))
+    after = classifier.batch_counts.remote().result()
+    assert set(statuses) == {200}
+    assert after["pictures"] - before["pictures"] == 240
+    assert after["batches"] - before["batches"] < 240
+
+
+def test_the_open_inference_protocol_answers_for_tensors(client: httpx.Client):
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").status_code == 200
+    metadata = client.get("/v2/models/digits").json()
+    assert metadata["versions"] == ["1", "2"]
+    assert metadata["parameters"]["classes"] == CLASSES
+    pixels = np.asarray(Image.open(io.BytesIO(picture(5))))[None]
+    tensor = {"name": "images", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+    answer = client.post("/v2/models/digits/versions/2/infer", json={"id": "mine", "inputs": [tensor]}).json()
+    top = client.post("/predict/digits", content=picture(5), headers={"X-Variant": "challenger"}).json()["predictions"][0]
+    probabilities = answer["outputs"][0]["data"]
+    assert (answer["id"], answer["model_version"], answer["outputs"][0]["shape"]) == ("mine", "2", [1, 10])
+    assert CLASSES[int(np.argmax(probabilities))] == top["label"]
+    assert max(probabilities) == pytest.approx(top["probability"], abs=1e-4)
+
+
+def test_the_documentation_page_names_every_route(client: httpx.Client):
+    assert client.get("/", follow_redirects=True).status_code == 200
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/predict/{model}", "/feedback", "/ab/{model}", "/v2/models/{model}/infer"} <= set(paths)
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------
+
+
+def bomb(side: int) -> bytes:
+    """A small PNG that says it has side × side pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 10_000)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+
+
+def chunked(size: int) -> Iterator[bytes]:
+    yield b"\xff\xd8\xff"
+    for _ in range(size // 10_000):
+        yield b"\0" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "reason"),
+    [
+        ({"content": b"hello, world"}, 415, "not a JPEG, PNG or WebP"),
+        ({"content": b""}, 400, "empty"),
+        ({"content": bomb(10_000)}, 422, "more than the limit of 1000000"),
+        ({"content": bomb(60_000)}, 422, "decompression bomb"),
+        ({"content": picture()[:200]}, 422, "decode"),
+        ({"content": b"\xff\xd8\xff" + b"\0" * 300_000}, 413, "200000"),
+        ({"content": chunked(400_000)}, 413, "200000"),
+        ({"files": [("image", ("a.txt", b"text"))]}, 415, "not a JPEG"),
+        ({"files": [("picture", ("a.png", picture()))]}, 400, "fields named 'image'"),
+        ({"files": [("image", (f"{i}.png", picture())) for i in range(9)]}, 400, "up to 8 files"),
+        ({"files": [("image", ("a.png", picture())), ("image", ("b.png", bomb(10_000)))]}, 422, "picture 1: "),
+        ({"content": picture(), "params": {"top_k": 0}}, 422, "top_k"),
+        ({"content": picture(), "headers": {"X-Variant": "nobody"}}, 404, "champion (version 1)"),
+        ({"data": {"url": "http://127.0.0.1:9/a.png"}}, 415, "not a JPEG"),
+    ],
+    ids=["text", "empty", "bomb", "great-bomb", "truncated", "large", "large-chunked", "text-file", "field", "many", "second-bad", "top_k", "variant", "url"],
+)
+def test_bad_pictures_are_refused_with_the_reason(client: httpx.Client, request_: dict[str, Any], status: int, reason: str):
+    response = client.post("/predict/digits", **request_)
+    assert response.status_code == status, response.text
+    assert reason in response.json()["error"]
+
+
+def test_an_unknown_model_is_named_with_the_nearest(client: httpx.Client):
+    response = client.post("/predict/digitz", content=picture())
+    assert response.status_code == 404
+    assert "did you mean 'digits'?" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        ({"data": [1] * 11}, "does not fit"),
+        ({"data": [256] * 12}, "0 to 255"),
+        ({"shape": [1, 100_000, 100_000, 3]}, "pixels each"),
+        ({"datatype": "FP32"}, "datatype"),
+    ],
+)
+def test_bad_tensors_are_refused_with_the_reason(client: httpx.Client, tensor: dict[str, Any], reason: str):
+    body = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [1] * 12} | tensor]}
+    response = client.post("/v2/models/digits/infer", json=body)
+    assert 400 <= response.status_code < 500
+    assert reason in response.json()["error"]
+
+
+def test_a_full_queue_is_refused_with_a_time_to_come_back(client: httpx.Client, registry: Registry, config: ServingConfig, tmp_path: Path):
+    """A second model on the same endpoint, with room for few."""
+    version = ModelVersion("narrow", 1, package(str(tmp_path / "narrow"), 9, "narrow"), "", (), datetime.now(UTC), {})
+    narrow = config.model_copy(update={"max_batch_size": 1, "max_queued_requests": 1, "max_image_pixels": 50_000_000})
+    only = endpoint.new_experiment("narrow", [Variant(name="champion", version=1, weight=1.0)])
+    endpoint.deploy("narrow", {"champion": version}, only, narrow, registry.workspace.experiments_uri)
+    buffer = io.BytesIO()
+    Image.new("RGB", (6_000, 6_000)).save(buffer, "PNG")  # takes a while to decode
+    body = buffer.getvalue()
+    with ThreadPoolExecutor(16) as pool:
+        responses = list(pool.map(lambda _: client.post("/predict/narrow", content=body), range(16)))
+    refused = [response for response in responses if response.status_code == 503]
+    assert {response.status_code for response in responses} == {200, 503}
+    assert all(response.headers["Retry-After"] == "1" and "too many requests" in response.json()["error"] for response in refused)
+    assert predict(client, "the other model goes on")["model"] == "digits"
+    assert client.get("/ab/narrow").json()["variants"]["champion"]["errors"] == len(refused)
+
+
+# --- Experiment -------------------------------------------------------------------------------------------------
+
+
+def test_users_stick_to_their_variant_and_split_evenly(client: httpx.Client, experiment: Experiment):
+    first = {f"user-{i}": predict(client, f"user-{i}")["variant"] for i in range(200)}
+    assert {key: predict(client, key)["variant"] for key in first} == first
+    report = client.get("/ab/digits").json()
+    champion, challenger = report["variants"]["champion"], report["variants"]["challenger"]
+    assert champion["requests"] + challenger["requests"] == 400
+    assert champion["keys"] == list(first.values()).count("champion")
+    assert champion["share"] == pytest.approx(0.5, abs=0.15)
+    assert report["sample_ratio"]["p_value"] > 0.001
+    assert 0 < champion["p50_ms"] <= champion["p99_ms"]
+    assert champion["errors"] == 0
+
+
+def test_a_cookie_serves_as_the_key(client: httpx.Client, experiment: Experiment):
+    for i in range(8):
+        response = client.post("/predict/digits", content=picture(), headers={"Cookie": f"routing_key=user-{i}"})
+        assert response.json()["variant"] == predict(client, f"user-{i}")["variant"]
+
+
+def test_testers_choose_their_variant_and_are_not_counted(client: httpx.Client, experiment: Experiment):
+    for variant in ("champion", "challenger") * 5:
+        answer = predict(client, "tester", **{"X-Variant": variant})
+        assert answer["variant"] == variant
+        assert client.post("/feedback", json={"request_id": answer["request_id"], "outcome": True}).status_code == 200
+    report = client.get("/ab/digits").json()
+    assert [(v["requests"], v["outcomes"]) for v in report["variants"].values()] == [(0, 0), (0, 0)]
+
+
+def test_feedback_is_durable_and_counts_at_once(client: httpx.Client, registry: Registry, experiment: Experiment):
+    right = {"champion": 0, "challenger": 0}
+    given = {"champion": 0, "challenger": 0}
+    for i in range(40):
+        answer = predict(client, f"user-{i}")
+        label = answer["predictions"][0 if i % 3 else 1]["label"]
+        response = client.post("/feedback", json={"request_id": answer["request_id"], "label": label})
+        assert response.json() == {"request_id": answer["request_id"], "outcome": bool(i % 3)}
+        right[answer["variant"]] += bool(i % 3)
+        given[answer["variant"]] += 1
+    assert read_outcomes(registry.workspace.experiments_uri, experiment.id).num_rows == 40
+    report = client.get("/ab/digits").json()
+    assert {name: v["successes"] for name, v in report["variants"].items()} == right
+    assert {name: v["outcomes"] for name, v in report["variants"].items()} == given
+    difference = report["differences"]["challenger"]
+    assert difference["lower"] <= difference["estimate"] <= difference["upper"]
+    assert difference["lower"] < 0 < difference["upper"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"request_id": "made.up"}, "not issued"),
+        ({"label": "digit-77"}, "did you mean"),
+        ({"label": None}, "either label or outcome"),
+        ({"outcome": True}, "either label or outcome"),
+        ({"lable": "digit-7"}, "lable"),
+    ],
+)
+def test_bad_feedback_is_refused_with_the_reason(client: httpx.Client, change: dict[str, Any], reason: str):
+    body = {"request_id": predict(client, "user")["request_id"], "label": "digit-7"} | change
+    response = client.post("/feedback", json=body)
+    assert response.status_code == 422
+    assert reason in response.json()["error"]
+
+
+# --- Changes under load -----------------------------------------------------------------------------------------
+
+
+def test_weights_change_under_load_without_a_failed_request(client: httpx.Client, experiment: Experiment):
+    with constant_load(client) as results:
+        wait_until(lambda: {"champion", "challenger"} <= {variant for _, variant in results})
+        endpoint.update_experiment(with_weights(experiment, {"champion": 0.0, "challenger": 1.0}, datetime.now(UTC)))
+        changed = len(results)
+        wait_until(lambda: len(results) > changed + 50)
+    assert {status for status, _ in results} == {200}, results
+    assert {variant for _, variant in results[changed + 8 :]} == {"challenger"}
+    assert client.get("/ab/digits").json()["revision"] == 2
+
+
+def test_an_experiment_is_run_and_promoted_and_another_aborted_under_load(
+    client: httpx.Client, registry: Registry, versions: dict[str, ModelVersion], config: ServingConfig
+):
+    only = endpoint.new_experiment("digits", [Variant(name="champion", version=1, weight=1.0)])
+    endpoint.deploy("digits", {"champion": versions["champion"]}, only, config, registry.workspace.experiments_uri)
+    with pytest.raises(ServingError, match="no experiment is running"):
+        endpoint.ab_promote(registry, "digits")
+    with pytest.raises(ServingError, match="served already"):
+        endpoint.ab_start(registry, "digits", "digits@champion", 0.1)
+    with pytest.raises(RegistryError, match="no version '9'"):
+        endpoint.ab_start(registry, "digits", "9", 0.1)
+
+    with constant_load(client) as results:
+        started = endpoint.ab_start(registry, "digits", "digits:3", 0.5)
+        assert registry.load_experiment("digits") == started.model_dump(mode="json")
+        wait_until(lambda: any(variant == "challenger" for _, variant in results))
+        with pytest.raises(ServingError, match="already running"):
+            endpoint.ab_start(registry, "digits", "2", 0.1)
+        endpoint.ab_promote(registry, "digits")
+        promoted = len(results)
+        wait_until(lambda: len(results) > promoted + 50)
+        assert {variant for _, variant in results[promoted + 8 :]} == {"challenger"}
+        assert registry.resolve("digits@champion").version == 3
+        assert predict(client, "anybody")["version"] == 3
+
+        endpoint.ab_start(registry, "digits", "2", 0.5)
+        wait_until(lambda: predict(client, str(time.monotonic()))["version"] == 2)
+        endpoint.ab_abort(registry, "digits")
+        assert {predict(client, f"user-{i}")["version"] for i in range(20)} == {3}
+    assert {status for status, _ in results} == {200}, [result for result in results if result[0] != 200]
+
+    assert registry.resolve("digits@champion").version == 3
+    assert registry.load_experiment("digits") is None
+    events = [event for event in registry.events("digits") if event["kind"].startswith("ab_")]
+    assert [event["kind"] for event in events] == ["ab_start", "ab_promote", "ab_start", "ab_abort"]
+    assert events[1]["report"]["variants"]["challenger"]["requests"] > 0
+    wait_until(lambda: set(serve.status().applications) & {"digits-v1", "digits-v2"} == set())
+    registry.set_alias("digits", "champion", 1)
+
+
+def replica_pids(application: str) -> list[int]:
+    """Return the processes of an application's replicas, of the cluster that this test started."""
+    pids = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (directory / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if f"ServeReplica:{application}:" in command and os.getpid() in _ancestors(int(directory.name)):
+            pids.append(int(directory.name))
+    return pids
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        status = Path(f"/proc/{pid}/status").read_text()
+        found = re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)
+        pid = int(found.group(1)) if found else 0
+        yield pid
+
+
+def test_a_killed_replica_fails_no_request(client: httpx.Client, experiment: Experiment):
+    (victim,) = replica_pids("digits-v2")
+    with constant_load(client) as results:
+        wait_until(lambda: any(variant == "challenger" for _, variant in results))
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: replica_pids("digits-v2") not in ([], [victim]))
+        killed = len(results)
+        wait_until(lambda: any(variant == "challenger" for _, variant in results[killed:]))
+    assert {status for status, _ in results} == {200}, [result for result in results if result[0] != 200]
+
+
+# --- Driver -----------------------------------------------------------------------------------------------------
+
+
+def test_the_status_names_what_is_served(client: httpx.Client, experiment: Experiment):
+    status = endpoint.status()
+    assert status["address"] == str(client.base_url).rstrip("/")
+    variants = status["models"]["digits"]["variants"]
+    assert {name: (v["version"], v["state"], v["traffic"]) for name, v in variants.items()} == {
+        "champion": (1, "RUNNING", 0.5),
+        "challenger": (2, "RUNNING", 0.5),
+    }
+
+
+def test_another_port_than_the_one_in_use_is_refused(client: httpx.Client, versions: dict[str, ModelVersion], config: ServingConfig, registry: Registry):
+    other = config.model_copy(update={"port": free_port()})
+    with pytest.raises(ServingError, match=f"already runs on this cluster with port {config.port}"):
+        endpoint.deploy("digits", versions, split(0.5), other, registry.workspace.experiments_uri)
+
+
+def test_a_port_that_another_program_holds_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServingError, match=rf"port {port} .*free port"):
+            endpoint.check_port(port)
+
+
+def test_a_damaged_version_does_not_come_up_and_the_others_serve_on(
+    client: httpx.Client, experiment: Experiment, versions: dict[str, ModelVersion], config: ServingConfig, registry: Registry, tmp_path: Path
+):
+    uri = package(str(tmp_path / "damaged"), 8)
+    weights = tmp_path / "damaged" / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    damaged = ModelVersion("digits", 8, uri, "", (), datetime.now(UTC), {})
+    variants = [Variant(name="champion", version=1, weight=0.5), Variant(name="challenger", version=8, weight=0.5)]
+    changed = endpoint.new_experiment("digits", variants)
+    with pytest.raises(ServingError, match=r"digits-v8.*do not match the digest"):
+        endpoint.deploy("digits", {**versions, "challenger": damaged}, changed, config, registry.workspace.experiments_uri)
+    assert {predict(client, f"user-{i}")["version"] for i in range(20)} == {1, 2}
+    wait_until(lambda: "digits-v8" not in serve.status().applications)
