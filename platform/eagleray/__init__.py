@@ -20,6 +20,7 @@ _VERBS = (
     "export_model",
     "ingest",
     "job_logs",
+    "job_status",
     "list_jobs",
     "list_models",
     "load_job",

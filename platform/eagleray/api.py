@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from eagleray.artifacts.package import ModelCard
     from eagleray.artifacts.registry import ModelVersion, Registry
     from eagleray.cluster.doctor import Check
+    from eagleray.cluster.submit import JobInfo
     from eagleray.data.shards import Manifest
     from eagleray.serving.experiment import Experiment
     from eagleray.training.trainer import TrainingResult
@@ -199,6 +200,33 @@ def promote_model(workspace: WorkspaceConfig, reference: str, alias: str = "cham
     return registry.resolve(reference)
 
 
+def quickstart(
+    *,
+    data: str | None = None,
+    directory: str | Path | None = None,
+    use_s3: bool = False,
+    address: str | None = None,
+    port: int = 8000,
+    stay: bool = False,
+) -> dict[str, Any]:
+    """Go the whole way from pictures to an A/B-tested endpoint and return the summary; see `eagleray quickstart --help`."""
+    from rich.console import Console
+
+    from eagleray.quickstart import run_quickstart
+
+    return run_quickstart(
+        Console(),
+        data=data,
+        directory=Path(directory) if directory else None,
+        use_s3=use_s3,
+        address=address,
+        port=port,
+        stay=stay,
+        json_path=None,
+        overrides=[],
+    )
+
+
 def export_model(workspace: WorkspaceConfig, reference: str, target: str) -> str:
     """Verify a version's package and copy it to `target`; returns the target's URI."""
     from eagleray.artifacts.package import load_package
@@ -286,6 +314,41 @@ def ab_abort(workspace: WorkspaceConfig, name: str, *, address: str | None = "au
 
     with connected(address):
         return endpoint.ab_abort(open_registry(workspace), name)
+
+
+def submit(job: JobConfig, address: str, *, verb: str | None = None, name: str | None = None) -> str:
+    """Start `train` or `tune` with `job` on a cluster (`http://head:8265`); return the job's id. See `cluster.submit.submit_job`."""
+    from eagleray.cluster.submit import submit_job
+
+    return submit_job(job, address, verb=verb, name=name)
+
+
+def list_jobs(address: str) -> list[JobInfo]:
+    """Return the submitted jobs of a cluster, newest first."""
+    from eagleray.cluster import submit
+
+    return submit.list_jobs(address)
+
+
+def job_status(submission_id: str, address: str) -> JobInfo:
+    """Return what became of a submitted job."""
+    from eagleray.cluster import submit
+
+    return submit.job_status(submission_id, address)
+
+
+def job_logs(submission_id: str, address: str, *, follow: bool = False) -> Iterator[str]:
+    """Yield the log of a submitted job in pieces; with `follow`, until it ends."""
+    from eagleray.cluster import submit
+
+    return submit.job_logs(submission_id, address, follow=follow)
+
+
+def stop_job(submission_id: str, address: str) -> bool:
+    """Stop a submitted job; return False where it had ended before."""
+    from eagleray.cluster import submit
+
+    return submit.stop_job(submission_id, address)
 
 
 def doctor(address: str | None = None, uri: str | None = None, port: int = 8000) -> list[Check]:

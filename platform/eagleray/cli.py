@@ -572,9 +572,9 @@ def _follow(submission_id: str, address: str) -> None:
     except KeyboardInterrupt:
         console.print(f"\nthe job goes on; follow it: eagleray jobs logs {submission_id} --address {address} --follow")
         return
-    status = api.job_status(submission_id, address)
-    console.print(f"{submission_id}: {status}")
-    if status != "SUCCEEDED":
+    job = api.job_status(submission_id, address)
+    console.print(f"{submission_id}: {job.status}")
+    if job.status != "SUCCEEDED":
         raise typer.Exit(1)
 
 

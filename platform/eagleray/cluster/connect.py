@@ -92,7 +92,7 @@ def _join(address: str) -> None:
 
     _check_port(address)
     in_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token() else "disabled")
     options: dict[str, Any] = {} if in_job else {"runtime_env": {"py_modules": [str(package_directory())]}}
     try:
         ray.init(address=address, log_to_driver=is_debug(), logging_level=_level(), **options)
@@ -157,7 +157,8 @@ def _level() -> int:
     return logging.INFO if is_debug() else logging.ERROR
 
 
-def _has_token() -> bool:
+def has_token() -> bool:
+    """Return whether a Ray token is set for this user."""
     return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")) or (Path.home() / ".ray" / "auth_token").exists()
 
 

@@ -71,7 +71,7 @@ def ingest(
         manifest = existing[split]
         if manifest is None:
             manifest = _ingest_split(
-                listing.classes, items, targets[split], split, config, description, lambda n: progress(done + n, len(listing.items))
+                listing.classes, items, targets[split], split, config, description, lambda n, before=done: progress(before + n, len(listing.items))
             )
         manifests[split] = manifest
         done += len(items)

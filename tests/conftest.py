@@ -1,0 +1,72 @@
+"""What tests share: one Ray cluster and one S3 store for the whole session, both real."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from eagleray.cluster.connect import Connection, connected, prepare_environment
+from eagleray.cluster.local_s3 import LocalS3
+
+prepare_environment()
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A running store; `bucket_uri` is a bucket of the test's own."""
+
+    server: LocalS3
+    endpoint: str
+    bucket_uri: str
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+    """Put the S3 store's address and keys into the environment, before Ray starts and its workers inherit it."""
+    server = LocalS3(tmp_path_factory.mktemp("s3"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _s3_server(s3_environment: LocalS3) -> Iterator[LocalS3]:
+    with s3_environment:
+        yield s3_environment
+
+
+@pytest.fixture
+def s3_store(_s3_server: LocalS3) -> S3Store:
+    """The session's SeaweedFS, with a fresh bucket."""
+    return S3Store(_s3_server, _s3_server.endpoint, _s3_server.create_bucket(f"test-{secrets.token_hex(6)}"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_environment: LocalS3) -> Iterator[Connection]:
+    """The session's Ray: two logical CPUs, as on the smallest machine."""
+    with connected(num_cpus=2) as connection:
+        yield connection
+
+
+def require_debian(program: str, package: str) -> str:
+    """Return the path of a Debian program; without it skip and say how to install it (in CI that is a failure)."""
+    path = shutil.which(program)
+    if path is None:
+        message = f"'{program}' is not installed; run: sudo apt-get install {package}"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return Path(__file__).resolve().parent.parent
