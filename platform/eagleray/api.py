@@ -115,22 +115,24 @@ def train(
         ConfigError, DataError, TrainingError: says what and what to do.
     """
     from eagleray.cluster.connect import connected
-    from eagleray.training.trainer import load_checkpoint, load_run_job, run_training
 
-    if resume is not None:
-        job = load_run_job(job.workspace.runs_uri, resume)
-    run_name = resume or name or new_run_name(job.name)
     storage.check_access(job.workspace.root)
-    with connected(address), _tracked_run(job, run_name, "train") as (registry, run_id):
+    with connected(address):
+        from eagleray.training.trainer import load_checkpoint, load_run_job, run_training
 
-        def record(metrics: dict[str, float]) -> None:
-            registry.log_metrics(run_id, metrics, step=int(metrics["epoch"]))
-            on_epoch(metrics)
+        if resume is not None:
+            job = load_run_job(job.workspace.runs_uri, resume)
+        run_name = resume or name or new_run_name(job.name)
+        with _tracked_run(job, run_name, "train") as (registry, run_id):
 
-        training = run_training(job, run_name, resume=resume is not None, on_epoch=record)
-        weights = load_checkpoint(training.checkpoint_uri)["weights"]
-        _save_curve(training)
-        version, metrics = register_weights(registry, run_id, job, run_name, weights, training.metrics, alias)
+            def record(metrics: dict[str, float]) -> None:
+                registry.log_metrics(run_id, metrics, step=int(metrics["epoch"]))
+                on_epoch(metrics)
+
+            training = run_training(job, run_name, resume=resume is not None, on_epoch=record)
+            weights = load_checkpoint(training.checkpoint_uri)["weights"]
+            _save_curve(training)
+            version, metrics = register_weights(registry, run_id, job, run_name, weights, training.metrics, alias)
     return TrainedModel(training, version, metrics)
 
 
@@ -148,14 +150,16 @@ def tune(
         SearchError: every trial failed.
     """
     from eagleray.cluster.connect import connected
-    from eagleray.tuning.search import run_search
 
     run_name = name or new_run_name(f"{job.name}-tune")
     storage.check_access(job.workspace.root)
-    with connected(address), _tracked_run(job, run_name, "tune") as (registry, run_id):
-        result = run_search(job, run_name, on_trial=on_trial)
-        registry.log_metrics(run_id, {"val_top1": result.best.val_top1, "trials": len(result.trials)}, step=0)
-        return result
+    with connected(address):
+        from eagleray.tuning.search import run_search
+
+        with _tracked_run(job, run_name, "tune") as (registry, run_id):
+            result = run_search(job, run_name, on_trial=on_trial)
+            registry.log_metrics(run_id, {"val_top1": result.best.val_top1, "trials": len(result.trials)}, step=0)
+            return result
 
 
 def register_trial(search: SearchResult, trial: TrialResult, alias: str | None = None) -> ModelVersion:

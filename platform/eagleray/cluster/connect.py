@@ -62,7 +62,7 @@ def connected(address: str | None = None, *, num_cpus: int | None = None) -> Ite
     if ray.is_initialized():
         yield _connection(is_local=False)
         return
-    _quiet()
+    quiet()
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address is None:
@@ -92,7 +92,6 @@ def _join(address: str) -> None:
 
     _check_port(address)
     in_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token() else "disabled")
     options: dict[str, Any] = {} if in_job else {"runtime_env": {"py_modules": [str(package_directory())]}}
     try:
         ray.init(address=address, log_to_driver=is_debug(), logging_level=_level(), **options)
@@ -123,6 +122,8 @@ def prepare_environment() -> None:
     """Set what Ray reads from the environment when it is imported; what the user has set stays."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    if has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -146,7 +147,8 @@ def is_debug() -> bool:
     return os.environ.get("EAGLERAY_DEBUG") == "1"
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Keep the log lines of Ray and others off the terminal, unless `--debug` asks for them."""
     if is_debug():
         return
     warnings.filterwarnings("ignore", module=r"(ray|mlflow|optuna)\b.*")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from eagleray import storage
-from eagleray.cluster.connect import CONNECT_TIMEOUT_S, has_token, package_directory, prepare_environment
+from eagleray.cluster.connect import CONNECT_TIMEOUT_S, has_token, package_directory, prepare_environment, quiet
 from eagleray.config.load import dump_job, with_values
 from eagleray.config.schema import JobConfig
 from eagleray.errors import ClusterError, ConfigError
@@ -108,7 +107,7 @@ def stop_job(submission_id: str, address: str) -> bool:
 def _client(address: str) -> Iterator[JobSubmissionClient]:
     prepare_environment()
     _check_job_server(address)
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token() else "disabled")
+    quiet()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

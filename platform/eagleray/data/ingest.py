@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -70,13 +71,16 @@ def ingest(
     for split, items in parts.items():
         manifest = existing[split]
         if manifest is None:
-            manifest = _ingest_split(
-                listing.classes, items, targets[split], split, config, description, lambda n, before=done: progress(before + n, len(listing.items))
-            )
+            report = partial(_report, progress, done, len(listing.items))
+            manifest = _ingest_split(listing.classes, items, targets[split], split, config, description, report)
         manifests[split] = manifest
         done += len(items)
         progress(done, len(listing.items))
     return manifests
+
+
+def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _split(listing: Listing, fractions: dict[str, float], seed: int) -> dict[str, list[Item]]:

@@ -1,6 +1,6 @@
 """Every architecture by name, for any number of classes and any input size it can take.
 
-Names: `cnn`, `resnet_cifar`, `convnext_nano` (here), every torchvision classifier, or a user's
+Names: `cnn`, `resnet_cifar`, `vgg_cifar` (here), every torchvision classifier, or a user's
 `module:function`, called with `num_classes`, `image_size` and `model.params`.
 """
 
@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision import models as tv
-from torchvision.models.convnext import CNBlockConfig
 
 from eagleray.config.schema import ModelConfig
 from eagleray.errors import ConfigError, near_miss
@@ -85,18 +83,28 @@ def _resnet_cifar(num_classes: int, depth: int = 20, width: int = 16) -> nn.Modu
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels_in, num_classes))
 
 
-def _convnext_nano(num_classes: int, width: int = 32, depth: int = 2, drop_path: float = 0.0) -> nn.Module:
-    """torchvision's ConvNeXt (Liu et al. 2022, arXiv:2201.03545) with two short stages, for small pictures."""
-    stages = [CNBlockConfig(width, 2 * width, depth), CNBlockConfig(2 * width, None, depth)]
-    return tv.ConvNeXt(stages, stochastic_depth_prob=drop_path, num_classes=num_classes)
+def _vgg_cifar(num_classes: int, width: int = 32, stages: int = 2, dropout: float = 0.0) -> nn.Module:
+    """VGG with batch norm (Simonyan & Zisserman 2014, arXiv:1409.1556) for small pictures.
+
+    Each stage has two 3×3 convolutions and halves the side; the classifier is one layer on the average.
+    """
+    layers: list[nn.Module] = []
+    channels_in = 3
+    for stage in range(stages):
+        channels = width * 2**stage
+        for _ in range(2):
+            layers += [nn.Conv2d(channels_in, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            channels_in = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(channels_in, num_classes))
 
 
-_OWN: dict[str, Callable[..., nn.Module]] = {"cnn": CNN, "resnet_cifar": _resnet_cifar, "convnext_nano": _convnext_nano}
+_OWN: dict[str, Callable[..., nn.Module]] = {"cnn": CNN, "resnet_cifar": _resnet_cifar, "vgg_cifar": _vgg_cifar}
 
 
 def model_names() -> list[str]:
     """Return all names of the zoo, ours first."""
-    return [*_OWN, *tv.list_models(module=tv)]
+    return [*_OWN, *_torchvision_names()]
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -110,7 +118,8 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
     builder = _builder(config.name, image_size)
     _check_params(config, builder)
     try:
-        return builder(num_classes=num_classes, **config.params)
+        model: nn.Module = builder(num_classes=num_classes, **config.params)
+        return model
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.params for '{config.name}': {error}") from error
 
@@ -125,17 +134,26 @@ def _builder(name: str, image_size: int) -> Callable[..., nn.Module]:
         return partial(_user_function(name), image_size=image_size)
     if name in _OWN:
         return _OWN[name]
-    if name not in tv.list_models(module=tv):
+    if name not in _torchvision_names():
         raise ConfigError(f"model.name '{name}' is not in the zoo{near_miss(name, model_names())}; or give module:function")
     options: dict[str, Any] = {"weights": None}
     if name.startswith("vit"):
         options["image_size"] = image_size
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True
-    builder = partial(tv.get_model_builder(name), **options)
+    from torchvision.models import get_model_builder
+
+    builder = partial(get_model_builder(name), **options)
     if _is_resnet(name) and image_size <= SMALL_INPUT:
         return partial(_with_small_stem, builder)
     return builder
+
+
+def _torchvision_names() -> list[str]:
+    # Importing torchvision takes seconds; a worker with a small network of ours needs none of it.
+    from torchvision import models
+
+    return list(models.list_models(module=models))
 
 
 def _is_resnet(name: str) -> bool:

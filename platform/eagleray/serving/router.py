@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,11 @@ class Router:
         self._signing_key = b""
 
     async def reconfigure(self, state: RouterState) -> None:
-        """Take over a new state at once; return when no request is left with a backend that is gone from it."""
+        """Take over a new state at once; return when no request is left with a backend that is gone from it.
+
+        Raises:
+            StorageError: the experiments' folder cannot be used; the state stays as it was.
+        """
         if state.experiments_uri is not None and state.experiments_uri != self.state.experiments_uri:
             self._signing_key = await asyncio.to_thread(load_signing_key, state.experiments_uri)
         wanted = {spec.application: spec for model in state.models.values() for spec in model.backends.values()}
@@ -128,7 +133,8 @@ class Router:
         for backend in removed:
             if backend.in_flight:
                 backend.idle.clear()
-                await asyncio.wait_for(backend.idle.wait(), DRAIN_TIMEOUT_S)
+                with suppress(TimeoutError):  # what hangs longer is ended with its replica
+                    await asyncio.wait_for(backend.idle.wait(), DRAIN_TIMEOUT_S)
 
     def _connect(self, spec: BackendSpec) -> Backend:
         return Backend(spec, serve.get_deployment_handle(deployment.NAME, app_name=spec.application))
