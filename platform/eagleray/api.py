@@ -80,19 +80,19 @@ def ingest(
 
 def show_data(uri: str, contact_sheet: str | Path | None = None) -> dict[str, Any]:
     """Return what the data set at `uri` holds; with `contact_sheet`, also draw samples of each class into that PNG."""
-    from eagleray.data import inspect
+    from eagleray.data import inspection
 
-    description = inspect.describe(uri)
+    description = inspection.describe(uri)
     if contact_sheet is not None:
-        inspect.contact_sheet(uri, contact_sheet)
+        inspection.contact_sheet(uri, contact_sheet)
     return description
 
 
 def verify_data(uri: str) -> list[str]:
     """Check every shard at `uri` against the manifest; return what is damaged, nothing if all is well."""
-    from eagleray.data import inspect
+    from eagleray.data import inspection
 
-    return inspect.verify(uri)
+    return inspection.verify(uri)
 
 
 def train(
