@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
@@ -33,7 +34,7 @@ from eagleray.errors import RegistryError, ServingError
 from eagleray.models.zoo import build_model
 from eagleray.serving import deployment, endpoint
 from eagleray.serving.experiment import Experiment, Variant, with_weights
-from eagleray.serving.outcomes import read_outcomes
+from eagleray.serving.outcomes import ExperimentLog, load_signing_key, read_outcomes
 from eagleray.serving.predictor import Predictor
 
 CLASSES = [f"digit-{i}" for i in range(10)]
@@ -373,6 +374,18 @@ def test_bad_feedback_is_refused_with_the_reason(client: httpx.Client, change: d
     assert reason in response.json()["error"]
 
 
+def test_outcomes_are_durable_on_s3(s3_store: Any):
+    async def run() -> None:
+        log = ExperimentLog(s3_store.bucket_uri, "digits-1")
+        rows = [{"request_id": f"r{i}", "time": datetime.now(UTC), "variant": "champion", "revision": 1, "label": None, "outcome": True} for i in range(50)]
+        await asyncio.gather(*(log.outcomes.add_durably(row) for row in rows))
+        await log.outcomes.add_durably(rows[0])
+
+    assert load_signing_key(s3_store.bucket_uri) == load_signing_key(s3_store.bucket_uri)
+    asyncio.run(run())
+    assert read_outcomes(s3_store.bucket_uri, "digits-1").num_rows == 50
+
+
 # --- Changes under load -----------------------------------------------------------------------------------------
 
 
@@ -457,6 +470,17 @@ def test_a_port_that_another_program_holds_is_named():
         port = other.getsockname()[1]
         with pytest.raises(ServingError, match=rf"port {port} .*free port"):
             endpoint.check_port(port)
+
+
+def test_applications_of_others_on_the_cluster_are_left_alone(client: httpx.Client, experiment: Experiment):
+    @serve.deployment(ray_actor_options={"num_cpus": 0.1})
+    def neighbour() -> str:
+        return "still here"
+
+    handle = serve.run(neighbour.bind(), name="neighbour", route_prefix=None)
+    endpoint.update_experiment(with_weights(experiment, {"challenger": 0.0}, datetime.now(UTC)))
+    assert handle.remote().result() == "still here"
+    serve.delete("neighbour")
 
 
 def test_a_damaged_version_does_not_come_up_and_the_others_serve_on(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 3.0
 """It takes long to stop of itself; what was acknowledged is in its files, so it may be ended hard."""
 REGION = "us-east-1"
+PORTS = range(20_000, 32_000)
 
 
 class LocalS3:
@@ -133,6 +135,7 @@ class LocalS3:
             f"-s3.port.grpc={s3_grpc}",
             f"-s3.config={identities}",
             "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
             f"-iam.port={iam}",
         ]
 
@@ -174,9 +177,12 @@ class LocalS3:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on; all are held until the last is found, so that they differ."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Return ports nobody listens on, below those that the system hands out to clients, so that they stay free."""
+    ports: list[int] = []
+    candidates = iter(random.sample(PORTS, len(PORTS)))
+    while len(ports) < count:
+        with socket.socket() as probe, suppress(OSError):
+            port = next(candidates)
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports

@@ -18,6 +18,9 @@ from eagleray.errors import DataError
 
 DEFAULT_MAX_PIXELS = 178_956_970  # as Pillow's decompression-bomb warning
 
+MIN_OVERSAMPLING = 1.5
+"""Pixels that the decoder leaves for each one wanted, per side: the crop's edges fall on whole pixels of the reduced picture."""
+
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -38,6 +41,8 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, 
                 turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
     except UnidentifiedImageError:
         raise DataError("not a JPEG, PNG or WebP picture") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"more than {2 * DEFAULT_MAX_PIXELS} pixels, the limit is {max_pixels}") from None
     except Exception as error:
         # Pillow's parsers raise many kinds of error on hostile headers; each means the same here.
         raise DataError(f"damaged header ({error})") from None
@@ -123,7 +128,7 @@ def resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint
 
 
 def _reduction(crop_side: int, target: int) -> int:
-    return max((r for r in _DECODE_FLAGS if crop_side >= r * target), default=1)
+    return max((r for r in _DECODE_FLAGS if crop_side >= r * target * MIN_OVERSAMPLING), default=1)
 
 
 def _span(start: float, length: float, limit: int) -> slice:

@@ -41,6 +41,8 @@ INGRESS_APPLICATION = "eagleray"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 START_TIMEOUT_S = 180.0
+REQUEST_TIMEOUT_S = 60.0
+"""A request that has no answer by then is ended with 408."""
 
 _INGRESS_CPUS = 0.1
 _CLASSIFIER_CPUS = 0.2
@@ -128,8 +130,15 @@ def report(model: str) -> dict[str, Any]:
 
 
 def shutdown() -> None:
-    """Take the endpoint down, after its log is written; nothing happens where none runs."""
-    serve.shutdown()
+    """Take the endpoint down, after its log is written, and Ray Serve with it unless somebody else uses it."""
+    if not ray.is_initialized() or not _is_serve_up():
+        return
+    ours = {INGRESS_APPLICATION, *_applications(_state())}
+    if ours.issuperset(serve.status().applications):
+        serve.shutdown()
+    else:
+        for name in (INGRESS_APPLICATION, *sorted(ours - {INGRESS_APPLICATION})):
+            serve.delete(name)
 
 
 def new_experiment(model: str, variants: Iterable[Variant]) -> Experiment:
@@ -269,7 +278,8 @@ def _start_serve(config: ServingConfig) -> str:
     """Start Ray Serve on the configured port, unless it runs there; return the address."""
     if not _is_serve_up():
         check_port(config.port, config.host)
-        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=_QUIET)
+        http_options = {"host": config.host, "port": config.port, "request_timeout_s": REQUEST_TIMEOUT_S}
+        serve.start(http_options=http_options, logging_config=_QUIET)
         return _address()
     options = _serve_client().http_config
     if options.port != config.port:
@@ -344,18 +354,21 @@ def _backends(versions: Mapping[str, Version]) -> dict[str, BackendSpec]:
 
 
 def _apply(state: RouterState) -> None:
-    """Bring up the state's versions, hand the ingress the state, take down what it does not name."""
-    # Versions shared by two variants are one application.
-    needed = {backend.application: (backend, spec.config) for spec in state.models.values() for backend in spec.backends.values()}
+    """Bring up the state's versions, hand the ingress the state, take down what only the state before named."""
+    before, needed = _applications(_state()), _applications(state)
     total = sum(config.num_replicas for _, config in needed.values())
     classifiers = [serve.RunTarget(_classifier(b, config, total), name, None, _QUIET) for name, (b, config) in needed.items()]
     ingress_target = serve.RunTarget(_ingress_application(state), INGRESS_APPLICATION, "/", _QUIET)
     # Only an ingress that has users must not hear of a version before it is up.
     for targets in [classifiers, [ingress_target]] if _is_running() else [[*classifiers, ingress_target]]:
         _run(targets)
-    for name in serve.status().applications:
-        if name not in needed and name != INGRESS_APPLICATION:
-            serve.delete(name, _blocking=False)
+    for name in set(before) - set(needed):
+        serve.delete(name, _blocking=False)
+
+
+def _applications(state: RouterState) -> dict[str, tuple[BackendSpec, ServingConfig]]:
+    """Return the Ray Serve applications behind the ingress; a version that two variants share is one."""
+    return {backend.application: (backend, spec.config) for spec in state.models.values() for backend in spec.backends.values()}
 
 
 def _classifier(backend: BackendSpec, config: ServingConfig, num_replicas: int) -> serve.Application:

@@ -43,7 +43,6 @@ def test_the_same_key_gets_the_same_variant_in_every_process():
     assert [assign(e, f"user-{i}").name for i in range(12)] == list("baaabbababaa")
 
 
-
 def test_shares_follow_the_weights():
     shares = assignments(experiment(a=1.0, b=2.0, c=5.0))
     for name, expected in (("a", 1 / 8), ("b", 2 / 8), ("c", 5 / 8)):
@@ -79,7 +78,11 @@ def test_a_changed_weight_is_a_new_revision():
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [({"chalenger": 0.3}, "did you mean 'challenger'"), ({"challenger": -1}, "not a number from 0 up"), ({"champion": 0, "challenger": 0}, "all weights")],
+    [
+        ({"chalenger": 0.3}, "did you mean 'challenger'"),
+        ({"challenger": -1}, "not a number from 0 up"),
+        ({"champion": 0, "challenger": 0}, "all weights"),
+    ],
 )
 def test_impossible_weights_are_refused(weights: dict[str, float], message: str):
     with pytest.raises(ServingError, match=message):
@@ -143,7 +146,9 @@ def test_the_interval_covers_the_true_difference_at_all_times_at_once():
     assert missed / 200 <= 0.1
 
 
-@pytest.mark.parametrize(("a", "b"), [((50, 100), (60, 100)), ((500, 1000), (600, 1000)), ((0, 40), (40, 40)), ((9, 10), (980, 1000)), ((300, 310), (0, 2))])
+@pytest.mark.parametrize(
+    ("a", "b"), [((50, 100), (60, 100)), ((500, 1000), (600, 1000)), ((0, 40), (40, 40)), ((9, 10), (980, 1000)), ((300, 310), (0, 2))]
+)
 def test_the_interval_leaves_zero_out_exactly_when_the_evidence_says_so(a: tuple[int, int], b: tuple[int, int]):
     for alpha in (0.2, 0.05, 0.001):
         low, high = difference_interval(*a, *b, alpha)
