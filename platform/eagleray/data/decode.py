@@ -38,17 +38,20 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, 
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
                 width, height = image.size
-                turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
+                if width * height > max_pixels:
+                    raise DataError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
+                # Of a PNG without it, Pillow would decode the whole picture in search of it.
+                orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
     except UnidentifiedImageError:
         raise DataError("not a JPEG, PNG or WebP picture") from None
     except Image.DecompressionBombError:
         raise DataError(f"more than {2 * DEFAULT_MAX_PIXELS} pixels, the limit is {max_pixels}") from None
+    except DataError:
+        raise
     except Exception as error:
         # Pillow's parsers raise many kinds of error on hostile headers; each means the same here.
         raise DataError(f"damaged header ({error})") from None
-    if width * height > max_pixels:
-        raise DataError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
-    return (height, width) if turned else (width, height)
+    return (height, width) if orientation in _TURNED else (width, height)
 
 
 def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:

@@ -46,7 +46,9 @@ def verify(uri: str) -> list[str]:
             problems.append(str(error))
             continue
         if storage.sha256_hex(data) != shard.sha256:
-            problems.append(f"'{shard_uri}': {len(data)} bytes do not match the manifest's checksum ({shard.size_bytes} bytes); ingest again")
+            problems.append(
+                f"'{shard_uri}': {len(data)} bytes do not match the manifest's checksum ({shard.size_bytes} bytes); ingest again"
+            )
     return problems
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -85,12 +86,14 @@ class BatchStream:
         decoder, rank, world_size = self.decoder, self.rank, self.world_size
 
         def decode(rows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
-            for place in rows["id"]:
+            for place in rows["place"]:
                 epoch, window = windows[place]
                 yield from decoder.blocks(epoch, window, rank, world_size, skipped if place == 0 else 0)
 
-        dataset = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
-            decode, batch_size=None, num_cpus=self.resources.cpus, concurrency=self.resources.tasks
+        # One block per window, put rather than read: a read stage would ask for whole CPUs of its own.
+        places = [pa.table({"place": [place]}) for place in range(len(windows))]
+        dataset = ray.data.from_arrow(places).map_batches(
+            decode, batch_size=None, num_cpus=self.resources.cpus, compute=ray.data.TaskPoolStrategy(self.resources.tasks)
         )
         options = dataset.context.execution_options
         options.preserve_order = True
