@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from eagleray import api, storage
 from eagleray.config.load import load_job, with_values
 from eagleray.errors import ConfigError, DataError
+from eagleray.ports import check_port_free
 
 if TYPE_CHECKING:
     import httpx
@@ -68,7 +69,7 @@ def run_quickstart(
         EagleRayError: the input cannot be used; nothing is left half-written.
     """
     from eagleray.cli import epoch_line, print_trial, wait_for_interrupt
-    from eagleray.cluster.connect import check_port_free, connected
+    from eagleray.cluster.connect import connected
 
     started = time.perf_counter()
     check_port_free("127.0.0.1", port)

@@ -469,7 +469,7 @@ def test_a_port_that_another_program_holds_is_named():
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServingError, match=rf"port {port} .*free port"):
-            endpoint.check_port(port)
+            check_port_free("127.0.0.1", port)
 
 
 def test_applications_of_others_on_the_cluster_are_left_alone(client: httpx.Client, experiment: Experiment):

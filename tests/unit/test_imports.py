@@ -14,14 +14,15 @@ import pytest
 ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
+    "ports": {"errors"},
     "config": {"errors", "storage"},
     "data": {"errors", "storage", "config"},
     "models": {"errors", "storage", "config"},
     "artifacts": {"errors", "storage", "config", "data", "models"},
     "training": {"errors", "storage", "config", "data", "models", "artifacts"},
     "tuning": {"errors", "storage", "config", "data", "models", "artifacts", "training"},
-    "serving": {"errors", "storage", "config", "artifacts", "models", "data"},
-    "cluster": {"errors", "storage", "config"},
+    "serving": {"errors", "storage", "config", "artifacts", "models", "data", "ports"},
+    "cluster": {"errors", "storage", "config", "ports"},
 }
 
 

@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Two messages of the raylet that are harmless and come with every small machine and every shutdown of Serve.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController|worker processes have been started",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -124,18 +126,6 @@ def prepare_environment() -> None:
         os.environ.setdefault(key, value)
     if has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Raise ClusterError if a program listens on `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ClusterError(
-                f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port, or end the program that holds it"
-            ) from None
 
 
 def package_directory() -> Path:

@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 
 from eagleray import storage
-from eagleray.cluster.connect import check_port_free, connected, has_token
+from eagleray.cluster.connect import connected, has_token
 from eagleray.errors import EagleRayError
+from eagleray.ports import check_port_free
 
 MIN_SHM_BYTES = 1_000_000_000
 MIN_DISK_BYTES = 5_000_000_000

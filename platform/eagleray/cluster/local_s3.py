@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from eagleray.errors import ClusterError
+from eagleray.ports import free_ports
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 3.0
 """It takes long to stop of itself; what was acknowledged is in its files, so it may be ended hard."""
 REGION = "us-east-1"
-PORTS = range(20_000, 32_000)
 
 
 class LocalS3:
@@ -34,7 +31,7 @@ class LocalS3:
 
     def __init__(self, directory: str | Path, port: int | None = None) -> None:
         self._directory = Path(directory)
-        self._ports = _free_ports(9)
+        self._ports = free_ports(9)
         if port is not None:
             self._ports[0] = port
         self._access_key = secrets.token_hex(10)
@@ -174,15 +171,3 @@ class LocalS3:
                         f"the S3 store does not answer after {START_TIMEOUT_S:.0f} s; see {self._directory / 'weed.log'}"
                     ) from error
             time.sleep(0.2)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on, below those that the system hands out to clients, so that they stay free."""
-    ports: list[int] = []
-    candidates = iter(random.sample(PORTS, len(PORTS)))
-    while len(ports) < count:
-        with socket.socket() as probe, suppress(OSError):
-            port = next(candidates)
-            probe.bind(("127.0.0.1", port))
-            ports.append(port)
-    return ports

@@ -35,8 +35,12 @@ REQUEST_PICTURES = 4
 _PICTURE_FIELD = "image"
 _RETRY_AFTER_S = 1
 
-RoutingKey = Annotated[str | None, Header(alias="X-Routing-Key", max_length=512, description="Who asks: the same key gets the same variant")]
-VariantOverride = Annotated[str | None, Header(alias="X-Variant", description="For testers: this variant, outside of the experiment's figures")]
+RoutingKey = Annotated[
+    str | None, Header(alias="X-Routing-Key", max_length=512, description="Who asks: the same key gets the same variant")
+]
+VariantOverride = Annotated[
+    str | None, Header(alias="X-Variant", description="For testers: this variant, outside of the experiment's figures")
+]
 TopK = Annotated[int, Query(ge=1, le=MAX_TOP_K, description="How many classes to answer, most probable first")]
 
 
@@ -122,7 +126,9 @@ def _add_picture_routes(app: FastAPI, router: Router) -> None:
         return RedirectResponse("docs")
 
     @app.post("/predict/{model}", summary="Classify one or more pictures", openapi_extra=_PREDICT_BODY)
-    async def predict(request: Request, model: str, top_k: TopK = 5, x_routing_key: RoutingKey = None, x_variant: VariantOverride = None) -> Any:
+    async def predict(
+        request: Request, model: str, top_k: TopK = 5, x_routing_key: RoutingKey = None, x_variant: VariantOverride = None
+    ) -> Any:
         pictures = await _read_pictures(request, router.model(model).config)
         key = x_routing_key or request.cookies.get(ROUTING_KEY_COOKIE)
         target = router.target(model, key, variant=x_variant)
@@ -173,7 +179,9 @@ async def _read_multipart(request: Request, config: ServingConfig) -> list[bytes
     try:
         form = await MultiPartParser(request.headers, stream, max_files=config.max_batch_size, max_fields=0).parse()
     except MultiPartException as error:
-        raise Refusal(400, f"{error.message.rstrip('.')}; send up to {config.max_batch_size} files in fields named '{_PICTURE_FIELD}'") from None
+        raise Refusal(
+            400, f"{error.message.rstrip('.')}; send up to {config.max_batch_size} files in fields named '{_PICTURE_FIELD}'"
+        ) from None
     try:
         fields = sorted({name for name, _ in form.multi_items()})
         uploads = [upload for upload in form.getlist(_PICTURE_FIELD) if isinstance(upload, UploadFile)]
@@ -213,7 +221,11 @@ _PREDICT_BODY = {
         "content": {
             "image/*": {"schema": _BINARY},
             "multipart/form-data": {
-                "schema": {"type": "object", "properties": {_PICTURE_FIELD: {"type": "array", "items": _BINARY}}, "required": [_PICTURE_FIELD]}
+                "schema": {
+                    "type": "object",
+                    "properties": {_PICTURE_FIELD: {"type": "array", "items": _BINARY}},
+                    "required": [_PICTURE_FIELD],
+                }
             },
         },
     }
@@ -278,7 +290,10 @@ def _parse_infer(body: bytes, config: ServingConfig) -> tuple[InferRequest, np.n
     tensor = asked.inputs[0]
     count, height, width, _ = tensor.shape
     if not (0 < count <= config.max_batch_size and min(height, width) > 0 and height * width <= config.max_image_pixels):
-        raise Refusal(422, f"inputs.0.shape {list(tensor.shape)}: up to {config.max_batch_size} pictures of up to {config.max_image_pixels} pixels each")
+        raise Refusal(
+            422,
+            f"inputs.0.shape {list(tensor.shape)}: up to {config.max_batch_size} pictures of up to {config.max_image_pixels} pixels each",
+        )
     try:
         values = np.asarray(tensor.data, dtype=np.int64)
         if values.size and (values.min() < 0 or values.max() > 255):

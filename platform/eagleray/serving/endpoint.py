@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +26,7 @@ from eagleray import storage
 from eagleray.artifacts.package import load_card
 from eagleray.config.schema import ServingConfig
 from eagleray.errors import ServingError
+from eagleray.ports import check_port_free
 from eagleray.serving import app as ingress
 from eagleray.serving import deployment
 from eagleray.serving.experiment import Experiment, Variant, conclude, with_weights
@@ -148,23 +148,6 @@ def new_experiment(model: str, variants: Iterable[Variant]) -> Experiment:
     return Experiment(id=name, model=model, salt=secrets.token_hex(16), variants=tuple(variants), started=now, revised=now)
 
 
-def check_port(port: int, host: str = "127.0.0.1") -> None:
-    """Raise ServingError if this machine cannot listen on `port`, for example because another program does."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServingError(
-                f"serve.port {port} on {host} cannot be used ({error.strerror}); "
-                "set serve.port to a free port, or end the program that holds this one"
-            ) from None
-
-
-# --- A/B --------------------------------------------------------------------------------------------------------
-
-
 def ab_start(registry: Registry, name: str, challenger: str, traffic_fraction: float) -> Experiment:
     """Send `traffic_fraction` of the users of `name`, which is served, to another version.
 
@@ -277,7 +260,7 @@ def _versions(experiment: Experiment) -> dict[str, int]:
 def _start_serve(config: ServingConfig) -> str:
     """Start Ray Serve on the configured port, unless it runs there; return the address."""
     if not _is_serve_up():
-        check_port(config.port, config.host)
+        check_port_free(config.host, config.port)
         http_options = {"host": config.host, "port": config.port, "request_timeout_s": REQUEST_TIMEOUT_S}
         serve.start(http_options=http_options, logging_config=_QUIET)
         return _address()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ray
 import torch
 
-from eagleray.config.load import build_job
 from eagleray.config.schema import JobConfig
 from eagleray.data.shards import load_manifest
 from eagleray.data.transforms import Preprocessing
@@ -17,21 +14,20 @@ from eagleray.training.resources import WorkerResources, share_resources
 
 
 def evaluate_weights(job: JobConfig, weights: dict[str, torch.Tensor], uri: str, prefix: str) -> dict[str, float]:
-    """Evaluate a state dict of `job.model` on the split at `uri`, on one worker of the cluster.
+    """Evaluate a state dict of `job.model` on the split at `uri`, on one GPU of the cluster or else in this process.
 
     Returns:
         `{prefix}_loss`, `{prefix}_top1`, `{prefix}_top5` (fractions), `{prefix}_samples`.
     """
     resources = share_resources(ray.cluster_resources(), 1, job.train.use_gpu)
+    if not resources.gpus:
+        return _evaluate(job, weights, uri, prefix, resources)
     task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(_evaluate)
-    metrics: dict[str, float] = ray.get(task.remote(job.model_dump(mode="json"), weights, uri, prefix, resources))
+    metrics: dict[str, float] = ray.get(task.remote(job, weights, uri, prefix, resources))
     return metrics
 
 
-def _evaluate(
-    document: dict[str, Any], weights: dict[str, torch.Tensor], uri: str, prefix: str, resources: WorkerResources
-) -> dict[str, float]:
-    job = build_job(document)
+def _evaluate(job: JobConfig, weights: dict[str, torch.Tensor], uri: str, prefix: str, resources: WorkerResources) -> dict[str, float]:
     device = torch.device("cuda" if resources.gpus else "cpu")
     worker = Worker(0, 1, device, resources.threads, resources.train_decode, resources.eval_decode)
     set_up_process(job, worker)
