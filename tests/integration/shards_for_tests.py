@@ -1,0 +1,61 @@
+"""Small real data sets for the tests: scikit-learn's handwritten digits as shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from eagleray import storage
+from eagleray.config.load import build_job
+from eagleray.config.schema import JobConfig
+from eagleray.data.shards import Manifest, encode_shard, manifest_uri
+
+
+def write_digit_shards(root: Path) -> Path:
+    """Write 480 digits as `train` and 120 as `val` and `test` below `root`."""
+    import cv2
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    classes = [str(label) for label in range(10)]
+    for split, part in (("train", order[:480]), ("val", order[480:600]), ("test", order[600:720])):
+        rows = [
+            {
+                "key": f"{index}.png",
+                "image": cv2.imencode(".png", (digits.images[index] * 255 / 16).astype(np.uint8))[1].tobytes(),
+                "label": int(digits.target[index]),
+                "width": 8,
+                "height": 8,
+            }
+            for index in part
+        ]
+        data, info = encode_shard("shard-00000.parquet", rows, 10_000, classes)
+        uri = str(root / split)
+        storage.write_bytes(storage.join(uri, info.path), data)
+        manifest = Manifest(classes=classes, shards=[info], source="digits", split=split)
+        storage.write_bytes(manifest_uri(uri), manifest.model_dump_json().encode())
+    return root
+
+
+def digits_job(shards: Path, root: Path | str, *overrides: str) -> JobConfig:
+    """Return a small job on those shards that learns within a few epochs."""
+    document = {
+        "name": "digits",
+        "workspace": {"root": str(root)},
+        "data": {
+            **{split: str(shards / split) for split in ("train", "val", "test")},
+            "image_size": 8,
+            "augment": {"crop_scale": [0.7, 1.0], "flip": 0.0},
+        },
+        "model": {"name": "cnn"},
+        "train": {
+            "epochs": 4,
+            "global_batch_size": 32,
+            "num_workers": 2,
+            "optimizer": {"name": "adamw", "lr": 0.005},
+            "schedule": {"warmup_epochs": 0.5},
+        },
+    }
+    return build_job(document, list(overrides))

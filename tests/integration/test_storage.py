@@ -1,0 +1,80 @@
+"""Reading and writing through one URI, on a local disk and on a real S3 store."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import S3Store
+
+from eagleray import storage
+from eagleray.errors import StorageError
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    store: S3Store = request.getfixturevalue("s3_store")
+    return store.bucket_uri
+
+
+def test_write_read_list_delete(root: str) -> None:
+    uri = storage.join(root, "a", "b.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    assert storage.read_bytes(uri) == b"two"
+    assert storage.list_files_with_sizes(root) == [(storage.normalize_uri(uri), 3)]
+    storage.copy_tree(storage.join(root, "a"), storage.join(root, "c"))
+    assert storage.read_bytes(storage.join(root, "c", "b.bin")) == b"two"
+    storage.delete_tree(storage.join(root, "a"))
+    assert not storage.exists(uri)
+    storage.delete_tree(storage.join(root, "a"))
+
+
+def test_of_many_writers_one_wins(root: str) -> None:
+    uri = storage.join(root, "claim")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: storage.write_bytes_if_absent(uri, str(i).encode()), range(8)))
+    assert sum(won) == 1
+    assert storage.read_bytes(uri) == str(won.index(True)).encode()
+    assert [name for name in storage.list_files(root) if "writing" in name] == []
+
+
+def test_a_missing_object_is_named(root: str) -> None:
+    with pytest.raises(StorageError, match=r"nothing.bin.*not found"):
+        storage.read_bytes(storage.join(root, "nothing.bin"))
+
+
+def test_a_missing_bucket_is_named(s3_store: S3Store) -> None:
+    with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+        storage.check_access("s3://no-such-bucket/x")
+
+
+def test_a_wrong_key_is_named(s3_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match="denied; check AWS_ACCESS_KEY_ID"):
+        storage.check_access(s3_store.bucket_uri)
+
+
+def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StorageError, match="no S3 credentials found; set AWS_ACCESS_KEY_ID"):
+        storage.check_access("s3://bucket/x")
+
+
+@pytest.mark.parametrize(("uri", "message"), [("gs://bucket/x", "'gs://' is not supported"), ("s3:///x", "no bucket")])
+def test_a_uri_that_means_nothing_is_refused(uri: str, message: str) -> None:
+    with pytest.raises(StorageError, match=message):
+        storage.open_uri(uri)
+
+
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(StorageError, match="/proc/nowhere/x"):
+        storage.write_bytes("/proc/nowhere/x", b"1")

@@ -1,0 +1,164 @@
+"""Training on real Ray Train workers: it learns, it is the same for any number of workers, and it goes on after the worst."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import S3Store
+from shards_for_tests import digits_job, write_digit_shards
+
+from eagleray import api, storage
+from eagleray.artifacts.package import load_card
+from eagleray.cluster.connect import Connection
+from eagleray.config.load import load_job
+from eagleray.config.schema import JobConfig
+from eagleray.data.stream import DecodeResources
+from eagleray.errors import ConfigError, DataError, TrainingError
+from eagleray.training.loop import EpochEnd, Worker, train
+from eagleray.training.trainer import load_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digit_shards(tmp_path_factory.mktemp("digits"))
+
+
+def worker_of(rank: int = 0, world_size: int = 1) -> Worker:
+    decode = DecodeResources(tasks=1, cpus=0.2)
+    return Worker(rank, world_size, torch.device("cpu"), 1, decode, decode)
+
+
+def run(job: JobConfig, resume: dict[str, object] | None = None) -> list[EpochEnd]:
+    """Run the loop in this process and keep each epoch's state."""
+    ends = []
+    for end in train(job, worker_of(), resume):
+        state = {name: _copy(part) for name, part in end.state().items()}
+        ends.append(EpochEnd(end.epoch, end.metrics, lambda state=state: state))
+    return ends
+
+
+def _copy(part: object) -> object:
+    if isinstance(part, torch.Tensor):
+        return part.clone()
+    if isinstance(part, dict):
+        return {key: _copy(value) for key, value in part.items()}
+    return [_copy(value) for value in part] if isinstance(part, list) else part
+
+
+def crash_in_third_epoch(num_classes: int, image_size: int, marker: str) -> torch.nn.Module:
+    """A user's model that kills its process once, in its third epoch on rank 0."""
+    from eagleray.models.zoo import CNN
+
+    class Crashing(CNN):
+        steps = 0
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.steps += self.training and images.device.type != "meta"
+            if self.steps == 2 * 15 + 3 and not os.path.exists(marker) and torch.distributed.get_rank() == 0:
+                Path(marker).touch()
+                os.kill(os.getpid(), 9)
+            return super().forward(images)
+
+    return Crashing(num_classes)
+
+
+def test_two_workers_learn_and_the_best_epoch_is_registered(
+    ray_cluster: Connection, s3_store: S3Store, shards: Path, tmp_path: Path
+) -> None:
+    """Shards and runs on S3, registry on SQLite."""
+    data = storage.join(s3_store.bucket_uri, "data")
+    storage.copy_tree(str(shards), data)
+    job = digits_job(shards, tmp_path, "train.ema_decay=0.8", "train.epochs=6").model_copy(
+        update={
+            "workspace": digits_job(
+                shards, tmp_path, f"workspace.root={s3_store.bucket_uri}/work", f"workspace.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
+            ).workspace
+        }
+    )
+    job = job.model_copy(update={"data": job.data.model_copy(update={split: f"{data}/{split}" for split in ("train", "val", "test")})})
+    seen: list[dict[str, float]] = []
+    trained = api.train(job, name="first", on_epoch=seen.append)
+    assert [metrics["epoch"] for metrics in seen] == [0, 1, 2, 3, 4, 5]
+    assert all(metrics["train_samples"] == 480 and metrics["val_samples"] == 120 for metrics in seen)
+    assert trained.metrics["val_top1"] == max(metrics["val_top1"] for metrics in seen) > 0.85
+    assert trained.metrics["test_top1"] > 0.8 and trained.metrics["test_samples"] == 120
+    assert storage.exists(f"{s3_store.bucket_uri}/work/runs/first/learning_curve.png")
+    card = load_card(trained.version.package_uri)
+    assert card.classes == [str(label) for label in range(10)]
+    assert card.job == job.model_dump(mode="json")
+    assert card.run_name == "first" and len(card.data_digest) == 64 and card.code_version.startswith("0.")
+    assert api.list_models(job.workspace)[0].version == trained.version.version == 1
+
+    with pytest.raises(TrainingError, match="already holds a run; resume it with --resume first"):
+        api.train(job, name="first")
+
+
+def test_a_killed_worker_loses_nothing(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    """kill -9 in mid-epoch: the run goes on from its checkpoint, every epoch is accounted for, and all pictures with it."""
+    job = digits_job(
+        shards,
+        tmp_path,
+        f"model={{name: 'test_training:crash_in_third_epoch', params: {{marker: '{tmp_path / 'crashed'}'}}}}",
+        "data.test=null",
+    )
+    seen: list[dict[str, float]] = []
+    api.train(job, name="killed", on_epoch=seen.append)
+    assert (tmp_path / "crashed").exists()
+    assert {metrics["epoch"] for metrics in seen} == {0, 1, 2, 3}
+    assert all(metrics["train_samples"] == 480 for metrics in seen)
+
+
+def test_a_resumed_run_ends_like_an_undisturbed_one(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    """Bit for bit, with deterministic kernels: same weights, same losses."""
+    job = digits_job(shards, tmp_path, "train.num_workers=1", "train.deterministic=true", "train.ema_decay=0.9")
+    whole = run(job)
+    resumed = run(job, resume=whole[1].state())
+    assert [end.epoch for end in resumed] == [2, 3]
+    assert [end.metrics["train_loss"] for end in resumed] == [end.metrics["train_loss"] for end in whole[2:]]
+    first, second = whole[-1].state()["weights"], resumed[-1].state()["weights"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_goes_on_with_the_stored_job(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    job = digits_job(shards, tmp_path, "train.epochs=2", "train.num_workers=1", "data.test=null")
+    first = api.train(job, name="run")
+    stored = load_job(tmp_path / "runs" / "run" / "job.yaml")
+    assert stored == job
+    (tmp_path / "runs" / "run" / "job.yaml").write_text(
+        (tmp_path / "runs" / "run" / "job.yaml").read_text().replace("epochs: 2", "epochs: 4", 1)
+    )
+    seen: list[dict[str, float]] = []
+    resumed = api.train(job, resume="run", on_epoch=seen.append)
+    assert [metrics["epoch"] for metrics in seen] == [2, 3]
+    assert resumed.version.version == first.version.version + 1
+    assert load_checkpoint(resumed.training.checkpoint_uri)["epoch"] in (0, 1, 2, 3)
+    with pytest.raises(TrainingError, match="no run there"):
+        api.train(job, resume="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("data.val=/nowhere", DataError, "no data set there .*make one with `eagleray ingest"),
+        ("train.use_gpu=true", TrainingError, "needs 2 GPUs, the cluster has 0"),
+        ("model.name=inception_v3", ConfigError, "cannot take pictures of data.image_size 8 px"),
+        ("model.name=resnet19", ConfigError, "did you mean 'resnet1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_it_starts(
+    override: str, error: type[Exception], message: str, ray_cluster: Connection, shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        api.train(digits_job(shards, tmp_path, override), name="refused")
+    assert not (tmp_path / "runs" / "refused").exists()
+
+
+def test_a_loss_that_is_no_number_is_explained(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    job = digits_job(shards, tmp_path, "train.optimizer={name: sgd, lr: 1000000.0}", "train.epochs=2", "train.schedule.warmup_epochs=0")
+    with pytest.raises(TrainingError, match=r"loss is nan after epoch 1; lower train.optimizer.lr"):
+        run(job)

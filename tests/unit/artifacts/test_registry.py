@@ -1,0 +1,122 @@
+"""Runs, versions and aliases on a real MLflow with SQLite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagleray.artifacts.package import ModelCard, load_card, load_package, save_package
+from eagleray.artifacts.registry import Registry
+from eagleray.config.load import build_job
+from eagleray.config.schema import ModelConfig, WorkspaceConfig
+from eagleray.data.transforms import Preprocessing
+from eagleray.errors import RegistryError
+from eagleray.models.zoo import build_model
+
+CNN = ModelConfig(name="cnn", params={"width": 4})
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    registry = Registry(WorkspaceConfig(root=str(tmp_path_factory.mktemp("workspace"))))
+    for number in (1, 2, 3):
+        registry.register("pets", f"/packages/{number}", "", {"val_top1": str(number)})
+    registry.set_alias("pets", "champion", 2)
+    return registry
+
+
+def test_versions_come_newest_first_with_their_aliases(registry: Registry) -> None:
+    versions = registry.versions("pets")
+    assert [version.version for version in versions] == [3, 2, 1]
+    assert versions[1].aliases == ("champion",)
+    assert versions[0].tags["val_top1"] == "3"
+
+
+def test_a_reference_is_an_alias_or_a_number(registry: Registry) -> None:
+    assert registry.resolve("pets@champion").package_uri == "/packages/2"
+    assert registry.resolve("pets:3").version == 3
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("pest@champion", r"no model 'pest'.*did you mean 'pets'"),
+        ("pets@champoin", r"no alias 'champoin' \(did you mean 'champion'\?\)"),
+        ("pets:9", r"no version '9'; its versions: 1, 2, 3"),
+        ("pets", r"give a version as name@alias"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is(registry: Registry, reference: str, message: str) -> None:
+    with pytest.raises(RegistryError, match=message):
+        registry.resolve(reference)
+
+
+def test_an_alias_moves_and_events_keep_the_order(registry: Registry) -> None:
+    registry.set_alias("pets", "challenger", 1)
+    registry.set_alias("pets", "challenger", 3)
+    assert registry.resolve("pets@challenger").version == 3
+    for number in range(3):
+        registry.record_event("pets", "test", {"number": number})
+    assert [event["number"] for event in registry.events("pets") if event["kind"] == "test"] == [0, 1, 2]
+
+
+def test_the_running_experiment_is_kept_until_it_ends(registry: Registry) -> None:
+    assert registry.load_experiment("pets") is None
+    registry.save_experiment("pets", {"salt": "x"})
+    assert registry.load_experiment("pets") == {"salt": "x"}
+    registry.save_experiment("pets", None)
+    assert registry.load_experiment("pets") is None
+
+
+def test_a_run_keeps_its_job_and_its_curves(registry: Registry) -> None:
+    job = build_job({"name": "pets", "data": {"train": "a", "val": "b"}})
+    run_id = registry.start_run("run-1", job, {"kind": "train"})
+    for epoch in range(3):
+        registry.log_metrics(run_id, {"val_top1": 0.1 * epoch}, step=epoch)
+    registry.end_run(run_id)
+    run = registry._client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.optimizer.lr"] == "0.5"
+    assert [point.value for point in registry._client.get_metric_history(run_id, "val_top1")] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def save(uri: str) -> ModelCard:
+    torch.manual_seed(0)
+    card = ModelCard(
+        name="pets",
+        model=CNN,
+        classes=["cat", "dog"],
+        preprocessing=Preprocessing(image_size=8, eval_resize=8),
+        metrics={"val_top1": 0.5},
+        run_name="run-1",
+        data_digest="d",
+        job={},
+        code_version="1",
+    )
+    return save_package(uri, build_model(CNN, 2, 8).state_dict(), card)
+
+
+def test_a_package_comes_back_as_the_same_model(tmp_path: Path) -> None:
+    card = save(str(tmp_path))
+    loaded, model = load_package(str(tmp_path))
+    assert loaded == card == load_card(str(tmp_path))
+    torch.manual_seed(0)
+    images = torch.ones(1, 3, 8, 8)
+    torch.testing.assert_close(model(images), build_model(CNN, 2, 8).eval()(images))
+
+
+def test_changed_weights_are_refused(tmp_path: Path) -> None:
+    save(str(tmp_path))
+    weights = tmp_path / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(RegistryError, match="do not match the digest"):
+        load_package(str(tmp_path))
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"no model package there \(no card.json\)"):
+        load_card(str(tmp_path))
