@@ -16,7 +16,9 @@ from eagleray.cluster.local_s3 import LocalS3
 
 prepare_environment()
 # Ray's workers import models that tests define; they look where this environment says.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "integration"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "integration"), os.environ.get("PYTHONPATH", "")]).rstrip(
+    os.pathsep
+)
 
 
 @dataclass(frozen=True)

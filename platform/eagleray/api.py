@@ -118,18 +118,21 @@ def train(
 
     storage.check_access(job.workspace.root)
     with connected(address):
-        from eagleray.training.trainer import load_checkpoint, load_run_job, run_training
+        from eagleray.training.trainer import check_inputs, claim_run, load_checkpoint, load_run_job, run_training
 
         if resume is not None:
             job = load_run_job(job.workspace.runs_uri, resume)
+        check_inputs(job)
         run_name = resume or name or new_run_name(job.name)
+        if resume is None:
+            claim_run(job, run_name)
         with _tracked_run(job, run_name, "train") as (registry, run_id):
 
             def record(metrics: dict[str, float]) -> None:
                 registry.log_metrics(run_id, metrics, step=int(metrics["epoch"]))
                 on_epoch(metrics)
 
-            training = run_training(job, run_name, resume=resume is not None, on_epoch=record)
+            training = run_training(job, run_name, on_epoch=record)
             weights = load_checkpoint(training.checkpoint_uri)["weights"]
             _save_curve(training)
             version, metrics = register_weights(registry, run_id, job, run_name, weights, training.metrics, alias)
@@ -154,8 +157,13 @@ def tune(
     run_name = name or new_run_name(f"{job.name}-tune")
     storage.check_access(job.workspace.root)
     with connected(address):
+        from eagleray.training.trainer import check_inputs, claim_run
         from eagleray.tuning.search import run_search
+        from eagleray.tuning.search_space import check_space
 
+        check_space(job)
+        check_inputs(job)
+        claim_run(job, run_name)
         with _tracked_run(job, run_name, "tune") as (registry, run_id):
             result = run_search(job, run_name, on_trial=on_trial)
             registry.log_metrics(run_id, {"val_top1": result.best.val_top1, "trials": len(result.trials)}, step=0)

@@ -34,7 +34,7 @@ jobs_app = typer.Typer(help="Jobs on a cluster.", no_args_is_help=True)
 for group, name in ((data_app, "data"), (models_app, "models"), (serve_app, "serve"), (ab_app, "ab"), (jobs_app, "jobs")):
     app.add_typer(group, name=name)
 
-console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 JobFile = Annotated[Path, typer.Argument(help="Job file (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the job file: a.b=c. May be repeated.")]

@@ -69,18 +69,22 @@ def run_quickstart(
         EagleRayError: the input cannot be used; nothing is left half-written.
     """
     from eagleray.cli import epoch_line, print_trial, wait_for_interrupt
-    from eagleray.cluster.connect import connected
+    from eagleray.cluster.connect import check_address, connected
 
     started = time.perf_counter()
     check_port_free("127.0.0.1", port)
+    if address is not None:
+        check_address(address)
     root = _new_directory(directory)
+    data_uri = f"s3://{BUCKET}/data" if use_s3 else str(root / "data")
+    job = _build_job(root, data_uri, data, port=port, overrides=overrides)
     stages = Stages(console, total=7)
     with ExitStack() as stack:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         with stages("prepare", "pictures and storage"):
             pictures = data if data is not None else str(write_digits(root / "pictures"))
-            data_uri = _start_s3(stack, root) if use_s3 else str(root / "data")
-            job = _build_job(root, data_uri, pictures, is_digits=data is None, port=port, overrides=overrides)
+            if use_s3:
+                _start_s3(stack, root)
             console.print(f"  pictures {pictures}\n  shards   {data_uri}\n  runs     {root}")
         with stages("ray", "Ray"):
             cluster = stack.enter_context(connected(address))
@@ -146,25 +150,25 @@ def _new_directory(directory: Path | None) -> Path:
     return directory.resolve()
 
 
-def _start_s3(stack: ExitStack, root: Path) -> str:
+def _start_s3(stack: ExitStack, root: Path) -> None:
     from eagleray.cluster.local_s3 import LocalS3
 
     store = stack.enter_context(LocalS3(root / "s3"))
     os.environ.update(store.environment())
     store.create_bucket(BUCKET)
-    return f"s3://{BUCKET}/data"
 
 
-def _build_job(root: Path, data_uri: str, pictures: str, *, is_digits: bool, port: int, overrides: list[str]) -> JobConfig:
+def _build_job(root: Path, data_uri: str, data: str | None, *, port: int, overrides: list[str]) -> JobConfig:
     values: dict[str, Any] = {
         "workspace.root": str(root),
         "serve.port": port,
         **{f"data.{split}": storage.join(data_uri, split) for split in ("train", "val", "test")},
     }
-    if not is_digits:
+    if data is not None:
+        if not storage.exists(data):
+            raise DataError(f"--data '{data}': no such folder; give a folder with one sub-folder of pictures per class")
         values |= {"name": "pictures", "data.image_size": 64, "data.augment.crop_scale": [0.35, 1.0], "data.augment.flip": 0.5}
-        if not storage.exists(pictures):
-            raise DataError(f"--data '{pictures}': no such folder; give a folder with one sub-folder of pictures per class")
+        values |= {"ingest.shard_bytes": 64_000_000, "ingest.row_group_bytes": 2_000_000}
     return with_values(load_job(job_path(), overrides), values)
 
 

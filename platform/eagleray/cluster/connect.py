@@ -93,7 +93,7 @@ def _start(num_cpus: int | None) -> None:
 def _join(address: str) -> None:
     import ray
 
-    _check_port(address)
+    check_address(address)
     in_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     options: dict[str, Any] = {} if in_job else {"runtime_env": {"py_modules": [str(package_directory())]}}
     try:
@@ -106,8 +106,8 @@ def _join(address: str) -> None:
         raise ClusterError(f"Ray at '{address}' could not be joined: {_one_line(error)}") from error
 
 
-def _check_port(address: str) -> None:
-    """Fail within seconds where nobody listens; Ray itself would try for 20 s."""
+def check_address(address: str) -> None:
+    """Raise ClusterError within seconds where nobody listens at `address`; Ray itself would try for 20 s."""
     if address == "auto":
         return
     host, separator, port = address.removeprefix("ray://").rpartition(":")

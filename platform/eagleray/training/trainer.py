@@ -44,23 +44,20 @@ class TrainingResult:
     history: list[dict[str, float]] = field(repr=False)
 
 
-def run_training(
-    job: JobConfig, run_name: str, *, resume: bool = False, on_epoch: Callable[[dict[str, float]], None] = lambda metrics: None
-) -> TrainingResult:
-    """Train on the connected cluster until the job's last epoch.
+def run_training(job: JobConfig, run_name: str, *, on_epoch: Callable[[dict[str, float]], None] = lambda metrics: None) -> TrainingResult:
+    """Train on the connected cluster until the job's last epoch, or go on from the run's newest checkpoint.
 
     Args:
-        run_name: folder of the run under `workspace.root/runs`.
-        resume: go on with a run of that name from its newest checkpoint.
+        job: as `check_inputs` lets it pass.
+        run_name: a run that `claim_run` has claimed.
         on_epoch: called in this process with each epoch's metrics.
 
     Raises:
-        TrainingError: the name is taken, resources are missing, or the workers failed too often.
-        DataError: the splits cannot be used.
+        TrainingError: the workers failed too often.
+        DataError: shards are missing or damaged.
     """
-    check_inputs(job)
     resources = share_resources(ray.cluster_resources(), job.train.max_workers, job.train.use_gpu)
-    run_uri = claim_run(job, run_name, resume)
+    run_uri = storage.join(job.workspace.runs_uri, run_name)
     filesystem, runs_path = storage.open_uri(job.workspace.runs_uri)
     with _Progress(on_epoch) as progress:
         trainer = TorchTrainer(
@@ -91,11 +88,12 @@ def run_training(
 
 
 def check_inputs(job: JobConfig) -> None:
-    """Refuse a job that could only fail later: splits that do not fit each other, a network that cannot be built.
+    """Refuse a job that could only fail later: splits that do not fit, a network that cannot be built, missing GPUs.
 
     Raises:
-        DataError, ConfigError: says which.
+        DataError, ConfigError, TrainingError: says which.
     """
+    share_resources(ray.cluster_resources(), job.train.max_workers, job.train.use_gpu)
     train_split = load_manifest(job.data.train)
     for key, uri in (("data.val", job.data.val), ("data.test", job.data.test)):
         if uri is not None and (classes := load_manifest(uri).classes) != train_split.classes:
@@ -118,20 +116,15 @@ def check_inputs(job: JobConfig) -> None:
             ) from None
 
 
-def claim_run(job: JobConfig, run_name: str, resume: bool) -> str:
-    """Write the resolved job file into the run's folder and return its URI; the file marks the name as taken.
+def claim_run(job: JobConfig, run_name: str) -> None:
+    """Write the resolved job file into the run's folder; the file marks the name as taken.
 
     Raises:
-        TrainingError: another run has that name, or there is none to resume.
+        TrainingError: another run has that name.
     """
     run_uri = storage.join(job.workspace.runs_uri, run_name)
-    job_uri = storage.join(run_uri, JOB_NAME)
-    if resume:
-        if not storage.exists(job_uri):
-            raise TrainingError(f"'{run_uri}': no run to resume there (no {JOB_NAME}); check --resume and workspace.root")
-    elif not storage.write_bytes_if_absent(job_uri, dump_job(job).encode()):
+    if not storage.write_bytes_if_absent(storage.join(run_uri, JOB_NAME), dump_job(job).encode()):
         raise TrainingError(f"'{run_uri}' already holds a run; resume it with --resume {run_name}, or choose another --name")
-    return run_uri
 
 
 def load_run_job(runs_uri: str, run_name: str) -> JobConfig:

@@ -23,8 +23,7 @@ from eagleray.config.load import with_values
 from eagleray.config.schema import JobConfig, SearchConfig
 from eagleray.errors import SearchError
 from eagleray.training.resources import share_resources
-from eagleray.training.trainer import check_inputs, claim_run
-from eagleray.tuning.search_space import FAMILY, apply_values, check_space, suggest_point
+from eagleray.tuning.search_space import FAMILY, apply_values, suggest_point
 from eagleray.tuning.trial import TrainingTrial
 
 METRIC = "val_top1"
@@ -67,22 +66,20 @@ def run_search(job: JobConfig, run_name: str, *, on_trial: Callable[[TrialResult
     """Search on the connected cluster and return all trials and the best.
 
     Args:
-        run_name: folder of the search under `workspace.root/runs`.
+        job: as `check_space` and `check_inputs` let it pass.
+        run_name: a run that `claim_run` has claimed.
         on_trial: called in this process whenever a trial reports or ends.
 
     Raises:
-        ConfigError: the space cannot be searched.
         SearchError: every trial failed; says why.
     """
-    check_space(job)
-    check_inputs(job)
     search = job.tune
     assert search is not None
     cluster = ray.cluster_resources()
     concurrent = search.max_concurrent or max(1, int(cluster.get("GPU", 0) or cluster.get("CPU", 1)))
     resources = share_resources(cluster, min(concurrent, search.num_trials), job.train.use_gpu)
     study_url = _study_url(job, run_name)
-    run_uri = claim_run(job, run_name, resume=False)
+    run_uri = storage.join(job.workspace.runs_uri, run_name)
 
     callback = _TrialTable(on_trial)
     filesystem, runs_path = storage.open_uri(job.workspace.runs_uri)
