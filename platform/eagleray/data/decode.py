@@ -1,8 +1,7 @@
 """From encoded bytes to pixels: the hot kernel of the stream, shared with serving.
 
-OpenCV is used because on one core it decodes, crops and resizes fastest of what PyPI offers
-(see docs/performance.md). JPEG, PNG and WebP; greyscale, palette, CMYK and 16-bit pictures become
-RGB; alpha is dropped; EXIF orientation is applied.
+JPEG, PNG and WebP; greyscale, palette, CMYK and 16-bit pictures become RGB; alpha is dropped; EXIF
+orientation is applied.
 """
 
 from __future__ import annotations
