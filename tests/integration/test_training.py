@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -50,23 +49,6 @@ def _copy(part: object) -> object:
     return [_copy(value) for value in part] if isinstance(part, list) else part
 
 
-def crash_in_third_epoch(num_classes: int, image_size: int, marker: str) -> torch.nn.Module:
-    """A user's model that kills its process once, in its third epoch on rank 0."""
-    from eagleray.models.zoo import CNN
-
-    class Crashing(CNN):
-        steps = 0
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            self.steps += self.training and images.device.type != "meta"
-            if self.steps == 2 * 15 + 3 and not os.path.exists(marker) and torch.distributed.get_rank() == 0:
-                Path(marker).touch()
-                os.kill(os.getpid(), 9)
-            return super().forward(images)
-
-    return Crashing(num_classes)
-
-
 def test_two_workers_learn_and_the_best_epoch_is_registered(
     ray_cluster: Connection, s3_store: S3Store, shards: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +85,7 @@ def test_a_killed_worker_loses_nothing(ray_cluster: Connection, shards: Path, tm
     job = digits_job(
         shards,
         tmp_path,
-        f"model={{name: 'test_training:crash_in_third_epoch', params: {{marker: '{tmp_path / 'crashed'}'}}}}",
+        f"model={{name: 'models_for_tests:crash_in_third_epoch', params: {{marker: '{tmp_path / 'crashed'}'}}}}",
         "data.test=null",
     )
     seen: list[dict[str, float]] = []
@@ -111,6 +93,21 @@ def test_a_killed_worker_loses_nothing(ray_cluster: Connection, shards: Path, tm
     assert (tmp_path / "crashed").exists()
     assert {metrics["epoch"] for metrics in seen} == {0, 1, 2, 3}
     assert all(metrics["train_samples"] == 480 for metrics in seen)
+
+
+def test_an_error_that_would_only_come_again_ends_the_run_at_once(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    job = digits_job(
+        shards,
+        tmp_path,
+        "train.optimizer={name: sgd, lr: 1000000.0}",
+        "train.schedule.warmup_epochs=0",
+        "train.num_workers=1",
+        "data.test=null",
+    )
+    seen: list[dict[str, float]] = []
+    with pytest.raises(TrainingError, match=r"loss is nan after epoch 1; lower train.optimizer.lr"):
+        api.train(job, name="diverging", on_epoch=seen.append)
+    assert seen == []
 
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
@@ -156,9 +153,3 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
     with pytest.raises(error, match=message):
         api.train(digits_job(shards, tmp_path, override), name="refused")
     assert not (tmp_path / "runs" / "refused").exists()
-
-
-def test_a_loss_that_is_no_number_is_explained(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
-    job = digits_job(shards, tmp_path, "train.optimizer={name: sgd, lr: 1000000.0}", "train.epochs=2", "train.schedule.warmup_epochs=0")
-    with pytest.raises(TrainingError, match=r"loss is nan after epoch 1; lower train.optimizer.lr"):
-        run(job)

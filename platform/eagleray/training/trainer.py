@@ -72,7 +72,7 @@ def run_training(job: JobConfig, run_name: str, *, on_epoch: Callable[[dict[str,
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=job.train.checkpoints_to_keep, checkpoint_score_attribute="val_top1", checkpoint_score_order="max"
                 ),
-                callbacks=[_AppendMetrics(progress.path)],
+                callbacks=[_RunCallback(progress.path)],
             ),
         )
         try:
@@ -187,15 +187,23 @@ def _train_loop_per_worker(config: dict[str, Any]) -> None:
         ray.train.report(end.metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
 
 
-class _AppendMetrics(UserCallback):
-    """Runs in Ray Train's controller, which is on the driver's node: one JSON line per epoch."""
+class _RunCallback(UserCallback):
+    """Runs in Ray Train's controller, which is on the driver's node."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, progress_path: str) -> None:
+        self._progress_path = progress_path
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
+        """Write one JSON line per epoch, which the driver follows."""
+        with open(self._progress_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics[0]) + "\n")
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """End the run, by raising, where starting the workers again would only fail in the same way."""
+        for exception in worker_exceptions.values():
+            error = _users_error(exception)
+            if isinstance(error, (ConfigError, TrainingError)):
+                raise error
 
 
 class _Progress:
@@ -243,10 +251,16 @@ def _explain(error: TrainingFailedError, run_name: str, run_uri: str) -> EagleRa
     """Return the first worker's own error if it was meant for the user, else one that says how to go on."""
     failures = getattr(error, "worker_failures", None) or {}
     first: BaseException = next(iter(failures.values()), error)
-    cause: BaseException | None = first
-    while cause is not None:
-        if isinstance(cause, EagleRayError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
+    users_error = _users_error(first)
+    if users_error is not None:
+        return users_error
     reason = " ".join(str(first).strip().splitlines()[-1:]) or type(first).__name__
     return TrainingError(f"run '{run_name}' failed: {reason}; go on from its newest checkpoint in '{run_uri}' with --resume {run_name}")
+
+
+def _users_error(error: BaseException | None) -> EagleRayError | None:
+    """Return the error meant for the user within what Ray wrapped around it, if there is one."""
+    while error is not None and not isinstance(error, EagleRayError):
+        wrapped = (getattr(error, name, None) for name in ("_base_exc", "controller_failure", "cause", "__cause__"))
+        error = next((inner for inner in wrapped if isinstance(inner, BaseException)), None)
+    return error
