@@ -144,6 +144,7 @@ def quiet() -> None:
         return
     warnings.filterwarnings("ignore", module=r"(ray|mlflow|optuna)\b.*")
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's failure is told in one line by the search
 
 
 def _level() -> int:

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import cv2
@@ -27,6 +26,7 @@ from eagleray.errors import DataError, StorageError
 
 MAX_REFUSED_NAMED = 1000
 TASK_CPUS = 0.5
+NOTES_FOLDER = "_parts"
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,17 @@ def ingest(
     parts = _split(listing, config.split, seed)
     targets = {split: target if split == "all" else storage.join(target, split) for split in parts}
     description = json.dumps({"source": source, "seed": seed, "settings": config.model_dump(mode="json")}, sort_keys=True)
-    existing = {split: _existing(uri, _plan_digest(parts[split], description)) for split, uri in targets.items()}
-    done = 0
-    manifests: dict[str, Manifest] = {}
-    for split, items in parts.items():
-        manifest = existing[split]
-        if manifest is None:
-            report = partial(_report, progress, done, len(listing.items))
-            manifest = _ingest_split(listing.classes, items, targets[split], split, config, description, report)
-        manifests[split] = manifest
-        done += len(items)
-        progress(done, len(listing.items))
-    return manifests
-
-
-def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    progress(before + done, total)
+    manifests: dict[str, Manifest | None] = {
+        split: _existing(uri, _plan_digest(parts[split], description)) for split, uri in targets.items()
+    }
+    missing = [split for split, manifest in manifests.items() if manifest is None]
+    shards = _write_shards(listing.classes, {s: parts[s] for s in missing}, targets, config, description, progress)
+    # Nothing is published before all splits are written and known to be good enough.
+    _check_refused(target, shards, len(listing.items), config.max_refused_fraction)
+    for split in missing:
+        digest = _plan_digest(parts[split], description)
+        manifests[split] = _publish(targets[split], split, listing.classes, shards[split], json.loads(description) | {"plan": digest})
+    return {split: manifest for split, manifest in manifests.items() if manifest is not None}
 
 
 def _split(listing: Listing, fractions: dict[str, float], seed: int) -> dict[str, list[Item]]:
@@ -126,48 +121,62 @@ def _existing(uri: str, digest: str) -> Manifest | None:
     return manifest
 
 
-def _ingest_split(
-    classes: list[str], items: list[Item], uri: str, split: str, config: IngestConfig, description: str, progress: Callable[[int], None]
-) -> Manifest:
-    digest = _plan_digest(items, description)
-    notes = storage.join(uri, "_parts", digest[:16])
+def _write_shards(
+    classes: list[str],
+    parts: dict[str, list[Item]],
+    targets: dict[str, str],
+    config: IngestConfig,
+    description: str,
+    progress: Callable[[int, int], None],
+) -> dict[str, list[_Shard]]:
+    """Write all shards of all parts, as many at a time as the cluster has CPUs for; return them in their order."""
     write = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_write_shard)
-    plans = _plan_shards(items, config.shard_bytes)
-    pending = [write.remote(plan, uri, notes, classes, config) for plan in plans]
-    order = {ref: i for i, ref in enumerate(pending)}
-    shards: list[_Shard | None] = [None] * len(pending)
-    done = 0
+    places: dict[ray.ObjectRef, tuple[str, int]] = {}
+    written: dict[str, dict[int, _Shard]] = {split: {} for split in parts}
+    for split, items in parts.items():
+        notes = _notes_uri(targets[split], _plan_digest(items, description))
+        for index, plan in enumerate(_plan_shards(items, config.shard_bytes)):
+            places[write.remote(plan, targets[split], notes, classes, config)] = (split, index)
+    total = sum(len(items) for items in parts.values())
+    done, pending = 0, list(places)
     while pending:
         ready, pending = ray.wait(pending)
         for ref in ready:
-            shard: _Shard = ray.get(ref)
-            shards[order[ref]] = shard
+            split, index = places[ref]
+            shard = written[split][index] = ray.get(ref)
             done += shard.num_items
-            progress(done)
-    finished = [shard for shard in shards if shard is not None]
-    refused = [image for shard in finished for image in shard.refused]
-    _check_refused(uri, refused, len(items), config.max_refused_fraction)
+            progress(done, total)
+    return {split: [shards[index] for index in sorted(shards)] for split, shards in written.items()}
+
+
+def _publish(uri: str, split: str, classes: list[str], shards: list[_Shard], source: dict[str, Any]) -> Manifest:
+    refused = [image for shard in shards for image in shard.refused]
     manifest = Manifest(
         classes=classes,
-        shards=[shard.info for shard in finished if shard.info is not None],
-        source=json.dumps(json.loads(description) | {"plan": digest}),
+        shards=[shard.info for shard in shards if shard.info is not None],
+        source=json.dumps(source),
         split=split,
         refused=refused[:MAX_REFUSED_NAMED],
         num_refused=len(refused),
     )
     if not storage.write_bytes_if_absent(manifest_uri(uri), manifest.model_dump_json(indent=1).encode()):
         raise DataError(f"'{uri}': another ingest published there at the same time; look at it with `eagleray data show {uri}`")
-    storage.delete_tree(storage.join(uri, "_parts"))
+    storage.delete_tree(storage.join(uri, NOTES_FOLDER))
     return manifest
 
 
-def _check_refused(uri: str, refused: list[RefusedImage], total: int, limit: float) -> None:
+def _notes_uri(uri: str, plan_digest: str) -> str:
+    return storage.join(uri, NOTES_FOLDER, plan_digest[:16])
+
+
+def _check_refused(target: str, shards: dict[str, list[_Shard]], total: int, limit: float) -> None:
+    refused = [image for part in shards.values() for shard in part for image in shard.refused]
     if len(refused) <= limit * total:
         return
     named = "; ".join(f"{image.key}: {image.reason}" for image in refused[:3])
     raise DataError(
         f"{len(refused)} of {total} pictures cannot be read, more than the limit of {limit:.2%} "
-        f"(ingest.max_refused_fraction, --max-refused); nothing was published to '{uri}'; the first: {named}"
+        f"(ingest.max_refused_fraction, --max-refused); nothing was published to '{target}'; the first: {named}"
     )
 
 

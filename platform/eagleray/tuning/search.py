@@ -192,9 +192,13 @@ class _TrialTable(tune.Callback):
         self._update(trial, status="finished" if finished else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = trial.get_error()
-        reason = str(error).strip().splitlines()[-1] if error is not None and str(error).strip() else "unknown"
-        self._update(trial, status="failed", reason=reason)
+        self._update(trial, status="failed", reason=_reason(trial))
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        # Ray Tune stores some errors only after it has told of them.
+        for trial in trials:
+            if self._row(trial).status == "failed":
+                self._rows[trial.trial_id] = replace(self._row(trial), reason=_reason(trial))
 
     def _row(self, trial: Trial) -> TrialResult:
         return self._rows.get(trial.trial_id) or TrialResult(trial.trial_id, dict(trial.config), "running", 0, -math.inf, 0.0)
@@ -204,3 +208,9 @@ class _TrialTable(tune.Callback):
         row = replace(self._row(trial), seconds=seconds, **changes)
         self._rows[trial.trial_id] = row
         self._on_trial(row)
+
+
+def _reason(trial: Trial) -> str:
+    """Return the last line of the error with which a trial failed."""
+    lines = str(trial.get_error() or "").strip().splitlines()
+    return lines[-1] if lines else "no reason given"
