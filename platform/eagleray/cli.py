@@ -434,11 +434,8 @@ def ab_status(
         cells = (row["requests"], _percent(row["share"]), row["errors"], _short(row["p50_ms"]), _short(row["p99_ms"]), row["outcomes"])
         table.add_row(variant, str(row["version"]), *(str(cell) for cell in cells), _percent(row["success_rate"]))
     console.print(table)
-    for variant, difference in report["differences"].items():
-        low, high = 100 * difference["low"], 100 * difference["high"]
-        console.print(
-            f"{variant} − {report['control']}: {100 * difference['estimate']:+.1f} points, {low:+.1f} to {high:+.1f} at {1 - difference['alpha']:.0%} confidence, at any time"
-        )
+    for line in difference_lines(report):
+        console.print(line)
     if report["sample_ratio"]["is_mismatch"]:
         console.print(
             f"[red]the split is broken[/]: sample-ratio p = {report['sample_ratio']['p_value']:.2g}; do not trust the figures before the cause is found"
@@ -576,6 +573,19 @@ def _follow(submission_id: str, address: str) -> None:
     console.print(f"{submission_id}: {job.status}")
     if job.status != "SUCCEEDED":
         raise typer.Exit(1)
+
+
+def difference_lines(report: dict[str, Any]) -> list[str]:
+    """Return one line for each variant on how its success rate differs from the control's."""
+    lines = []
+    for variant, difference in report["differences"].items():
+        if difference["estimate"] is None:
+            lines.append(f"{variant} − {report['control']}: no outcomes yet")
+            continue
+        estimate, lower, upper = (100 * difference[key] for key in ("estimate", "lower", "upper"))
+        confidence = f"{100 * (1 - difference['alpha']):g} % confidence at any time"
+        lines.append(f"{variant} − {report['control']}: {estimate:+.1f} points ({lower:+.1f} to {upper:+.1f} with {confidence})")
+    return lines
 
 
 def epoch_line(metrics: dict[str, float], epochs: int) -> str:

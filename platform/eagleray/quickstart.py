@@ -115,12 +115,13 @@ def run_quickstart(
             url = api.serve(job.workspace, references, job.serve)
             stack.callback(endpoint.shutdown)
             results = _send_held_out(url, job, manifests["test"].classes)
+            report = api.ab_status(job.workspace, job.name, address=None)
         summary = _summary(
             stages, time.perf_counter() - started, search, trained.version, challenger, results, url, root, trained.training.run_uri
         )
         if json_path is not None:
             storage.write_bytes(str(json_path), (json.dumps(summary, indent=2) + "\n").encode())
-        _print_summary(console, summary, job, manifests["test"].classes)
+        _print_summary(console, summary, report, job, manifests["test"].classes)
         if stay:
             console.print("\nServing until Ctrl-C.")
             wait_for_interrupt()
@@ -257,9 +258,11 @@ def _summary(
     }
 
 
-def _print_summary(console: Console, summary: dict[str, Any], job: JobConfig, classes: list[str]) -> None:
+def _print_summary(console: Console, summary: dict[str, Any], report: dict[str, Any], job: JobConfig, classes: list[str]) -> None:
     from rich import box
     from rich.table import Table
+
+    from eagleray.cli import difference_lines
 
     table = Table(title="A/B test on the held-out pictures", box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("variant", "version", "architecture", "requests", "share", "top-1", "p50 ms", "p99 ms"):
@@ -278,6 +281,9 @@ def _print_summary(console: Console, summary: dict[str, Any], job: JobConfig, cl
         )
     console.print()
     console.print(table)
+    for line in difference_lines(report):
+        console.print(line)
+    console.print()
     seconds = summary["seconds"]
     console.print("seconds         " + "  ".join(f"{name} {value}" for name, value in seconds.items()))
     console.print(f"learning curve  {summary['learning_curve']}")

@@ -75,7 +75,6 @@ def deploy(model: str, versions: Mapping[str, Version], experiment: Experiment, 
     missing = [v.name for v in experiment.variants if v.name not in versions and experiment.winner in (None, v.name)]
     if missing:
         raise ServingError(f"'{model}': no version given for the variants {', '.join(missing)}")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     address = _start_serve(config)
     state = _state()
     state.experiments_uri = storage.normalize_uri(experiments_uri)
@@ -274,6 +273,7 @@ def _start_serve(config: ServingConfig) -> str:
 
 
 def _serve_client() -> Any:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Ray Serve has no public way to ask for the HTTP options in force.
     from ray.serve.context import _get_global_client
 

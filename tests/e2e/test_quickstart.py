@@ -1,0 +1,80 @@
+"""The README's first command, as a person uses it: to the live endpoint, from a second terminal, and out with Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from eagleray.ports import free_ports
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+DEADLINE_S = 600
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
+    """The quickstart on S3, serving; with its folder and what it printed."""
+    root = tmp_path_factory.mktemp("quickstart")
+    log = root / "output.txt"
+    command = [sys.executable, "-m", "eagleray", "quickstart", "--s3", "--dir", str(root / "run"), "--port", str(free_ports(1)[0])]
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, cwd=root)
+    deadline = time.monotonic() + DEADLINE_S
+    while "Serving until Ctrl-C" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    yield process, root / "run", log
+    if process.poll() is None:
+        process.kill()
+
+
+def eagleray(*arguments: str) -> str:
+    command = [sys.executable, "-m", "eagleray", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_it_ends_with_a_table_a_picture_and_a_line_that_works(quickstart: tuple[subprocess.Popen[str], Path, Path]) -> None:
+    _, run, log = quickstart
+    text = log.read_text()
+    assert "Traceback" not in text and "WARNING" not in text
+    line = next(line for line in text.splitlines() if line.startswith("try it"))
+    answer = subprocess.run(shlex.split(line.removeprefix("try it")), capture_output=True, text=True, timeout=30, check=True)
+    assert '"predictions"' in answer.stdout and '"digits"' in answer.stdout
+    curve = Path(next(line for line in text.splitlines() if line.startswith("learning curve")).split()[-1])
+    assert curve.read_bytes().startswith(b"\x89PNG") and run in curve.parents
+
+
+def test_the_experiment_is_looked_at_and_ended_from_a_second_terminal(quickstart: tuple[subprocess.Popen[str], Path, Path]) -> None:
+    _, run, _ = quickstart
+    report = eagleray("ab", "status", "digits", "--root", str(run))
+    assert "running" in report and "points" in report and "challenger − champion" in report
+    assert "champion" in eagleray("models", "list", "--root", str(run))
+    assert "model.name" in eagleray("models", "compare", "digits@champion", "digits@challenger", "--root", str(run))
+    assert "weights sha256" in eagleray("models", "show", "digits@champion", "--root", str(run))
+    assert "digits:2 is now digits@champion" in eagleray("ab", "promote", "digits", "--root", str(run))
+    assert "100 %" in eagleray("serve", "status")
+    assert "exported to" in eagleray("models", "export", "digits@champion", str(run / "exported"), "--root", str(run))
+    assert (run / "exported" / "weights.safetensors").exists()
+
+
+def test_ctrl_c_ends_it_and_leaves_no_process_behind(quickstart: tuple[subprocess.Popen[str], Path, Path]) -> None:
+    process, _, log = quickstart
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0, log.read_text()
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not [child.name() for child in alive]
