@@ -2,8 +2,9 @@
 
 import json
 import sys
+from pathlib import Path
 
-summary = json.load(open(sys.argv[1]))
+summary = json.loads(Path(sys.argv[1]).read_text())
 problems = []
 if summary["champion"]["top1"] < 0.97:
     problems.append(f"the champion's held-out top-1 is {summary['champion']['top1']:.3f}, promised is 0.97")
