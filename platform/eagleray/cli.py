@@ -90,7 +90,7 @@ def quickstart(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="New folder for all that is made; by default ./quickstart-<time>.")
     ] = None,
-    s3: Annotated[bool, typer.Option("--s3", help="Keep the data in a real S3 store started here (SeaweedFS).")] = False,
+    s3: Annotated[bool, typer.Option("--s3", help="Keep data, runs and models in a real S3 store started here (SeaweedFS).")] = False,
     address: Address = None,
     port: Annotated[int, typer.Option(help="Port of the endpoint.")] = 8000,
     exit_: Annotated[bool, typer.Option("--exit", help="End after the summary instead of serving on.")] = False,

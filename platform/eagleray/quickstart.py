@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from eagleray.tuning.search import SearchResult, TrialResult
 
 BUCKET = "quickstart"
+SESSION_NAME = "session.env"
 
 
 class Stages:
@@ -76,8 +77,9 @@ def run_quickstart(
     if address is not None:
         check_address(address)
     root = _new_directory(directory)
-    data_uri = f"s3://{BUCKET}/data" if use_s3 else str(root / "data")
-    job = _build_job(root, data_uri, data, port=port, overrides=overrides)
+    store_uri = f"s3://{BUCKET}" if use_s3 else str(root)
+    data_uri = storage.join(store_uri, "data")
+    job = _build_job(root, store_uri, data, port=port, overrides=overrides)
     stages = Stages(console, total=7)
     with ExitStack() as stack:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -85,12 +87,13 @@ def run_quickstart(
             pictures = data if data is not None else str(write_digits(root / "pictures"))
             if use_s3:
                 _start_s3(stack, root)
-            console.print(f"  pictures {pictures}\n  shards   {data_uri}\n  runs     {root}")
+            console.print(f"  pictures {pictures}\n  shards   {data_uri}\n  runs     {job.workspace.runs_uri}")
         with stages("ray", "Ray"):
             cluster = stack.enter_context(connected(address))
             console.print(
                 f"  {'started on this machine' if cluster.is_local else 'joined'} at {cluster.address}; full logs in {cluster.log_dir}"
             )
+            session = _write_session(root, job, cluster.address, use_s3)
         with stages("ingest", "ingest: pictures → shards and manifest"):
             manifests = api.ingest(pictures, data_uri, job.ingest, seed=job.seed)
             for split, manifest in manifests.items():
@@ -123,7 +126,7 @@ def run_quickstart(
             storage.write_bytes(str(json_path), (json.dumps(summary, indent=2) + "\n").encode())
         _print_summary(console, summary, report, job, manifests["test"].classes)
         if stay:
-            console.print("\nServing until Ctrl-C.")
+            console.print(f"\nServing until Ctrl-C. Settings for a second terminal: set -a; . {session}")
             wait_for_interrupt()
             console.print("stopping …")
     return summary
@@ -152,6 +155,7 @@ def _new_directory(directory: Path | None) -> Path:
 
 
 def _start_s3(stack: ExitStack, root: Path) -> None:
+    """Start the store; this process and its cluster find it through the environment."""
     from eagleray.cluster.local_s3 import LocalS3
 
     store = stack.enter_context(LocalS3(root / "s3"))
@@ -159,11 +163,27 @@ def _start_s3(stack: ExitStack, root: Path) -> None:
     store.create_bucket(BUCKET)
 
 
-def _build_job(root: Path, data_uri: str, data: str | None, *, port: int, overrides: list[str]) -> JobConfig:
+def _write_session(root: Path, job: JobConfig, address: str, use_s3: bool) -> Path:
+    """Write the settings with which a second terminal finds workspace, cluster and store, and return the file's path."""
+    settings = {
+        "EAGLERAY_ROOT": job.workspace.root,
+        "MLFLOW_TRACKING_URI": job.workspace.resolved_tracking_uri,
+        "EAGLERAY_ADDRESS": address,
+    }
+    if use_s3:
+        settings |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    path = root / SESSION_NAME
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
+    return path
+
+
+def _build_job(root: Path, store_uri: str, data: str | None, *, port: int, overrides: list[str]) -> JobConfig:
     values: dict[str, Any] = {
-        "workspace.root": str(root),
+        "workspace": {"root": store_uri, "tracking_uri": f"sqlite:///{root}/mlflow.db"},
+        "tune.storage": f"sqlite:///{root}/study.db",
         "serve.port": port,
-        **{f"data.{split}": storage.join(data_uri, split) for split in ("train", "val", "test")},
+        **{f"data.{split}": storage.join(store_uri, "data", split) for split in ("train", "val", "test")},
     }
     if data is not None:
         if not storage.exists(data):
@@ -253,9 +273,16 @@ def _summary(
         "champion": variant("champion", champion),
         "challenger": variant("challenger", challenger),
         "endpoint": url,
-        "learning_curve": storage.join(run_uri, api.LEARNING_CURVE_NAME),
+        "learning_curve": _local_copy(storage.join(run_uri, api.LEARNING_CURVE_NAME), root),
         "directory": str(root),
     }
+
+
+def _local_copy(uri: str, root: Path) -> str:
+    """Return the path of the file at `uri`, brought into `root`."""
+    path = root / api.LEARNING_CURVE_NAME
+    path.write_bytes(storage.read_bytes(uri))
+    return str(path)
 
 
 def _print_summary(console: Console, summary: dict[str, Any], report: dict[str, Any], job: JobConfig, classes: list[str]) -> None:

@@ -39,9 +39,11 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subpr
         process.kill()
 
 
-def eagleray(*arguments: str) -> str:
+def eagleray(run: Path, *arguments: str) -> str:
+    """Run a command as in a second terminal, with the settings that the quickstart left for it."""
+    settings = dict(line.split("=", 1) for line in (run / "session.env").read_text().splitlines())
     command = [sys.executable, "-m", "eagleray", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | settings, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -55,18 +57,19 @@ def test_it_ends_with_a_table_a_picture_and_a_line_that_works(quickstart: tuple[
     assert '"predictions"' in answer.stdout and '"digits"' in answer.stdout
     curve = Path(next(line for line in text.splitlines() if line.startswith("learning curve")).split()[-1])
     assert curve.read_bytes().startswith(b"\x89PNG") and run in curve.parents
+    assert not (run / "runs").exists(), "runs and checkpoints are on S3"
 
 
 def test_the_experiment_is_looked_at_and_ended_from_a_second_terminal(quickstart: tuple[subprocess.Popen[str], Path, Path]) -> None:
     _, run, _ = quickstart
-    report = eagleray("ab", "status", "digits", "--root", str(run))
+    report = eagleray(run, "ab", "status", "digits")
     assert "running" in report and "points" in report and "challenger − champion" in report
-    assert "champion" in eagleray("models", "list", "--root", str(run))
-    assert "model.name" in eagleray("models", "compare", "digits@champion", "digits@challenger", "--root", str(run))
-    assert "weights sha256" in eagleray("models", "show", "digits@champion", "--root", str(run))
-    assert "digits:2 is now digits@champion" in eagleray("ab", "promote", "digits", "--root", str(run))
-    assert "100 %" in eagleray("serve", "status")
-    assert "exported to" in eagleray("models", "export", "digits@champion", str(run / "exported"), "--root", str(run))
+    assert "champion" in eagleray(run, "models", "list")
+    assert "model.name" in eagleray(run, "models", "compare", "digits@champion", "digits@challenger")
+    assert "weights sha256" in eagleray(run, "models", "show", "digits@champion")
+    assert "digits:2 is now digits@champion" in eagleray(run, "ab", "promote", "digits")
+    assert "100 %" in eagleray(run, "serve", "status")
+    assert "exported to" in eagleray(run, "models", "export", "digits@champion", str(run / "exported"))
     assert (run / "exported" / "weights.safetensors").exists()
 
 

@@ -1,8 +1,8 @@
 """The registry on MLflow: runs with their curves, versions with their lineage, aliases, events.
 
 MLflow keeps runs, metrics, versions and aliases (SQLite by default). Weights and cards are packages in
-the workspace (see `package`); a version's source is its package's URI. Events and the running
-experiment are small JSON objects beside them, so that they outlive any limit on the length of tags.
+the workspace (see `package`); a version's source is its package's URI. Events, the running experiment
+and each run's job file are small objects beside them: MLflow cuts long tags off.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from eagleray import storage
 from eagleray.config.load import dump_job
@@ -23,8 +27,12 @@ from eagleray.errors import RegistryError, near_miss
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import RegisteredModel
 
 EXPERIMENT_NAME = "experiment.json"
+CONNECT_TIMEOUT_S = 3.0
+MAX_PARAM_CHARS = 6000
+"""MLflow's limit on a parameter's value."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,20 @@ class Registry:
         self.workspace = workspace
 
     def start_run(self, run_name: str, job: JobConfig, tags: dict[str, str]) -> str:
-        """Open an MLflow run in the experiment named after the job, with the job as parameters; return its id."""
+        """Open an MLflow run in the experiment named after the job, with the job as parameters; return its id.
+
+        The whole resolved job file lies among the run's artifacts; the tag `job_uri` says where.
+        """
         from mlflow.entities import Param
 
         run = self._client.create_run(self._experiment_id(job.name), run_name=run_name, tags=tags)
-        params = [Param(key, value[:6000]) for key, value in _flat(job.model_dump(mode="json")).items()]
-        self._client.log_batch(run.info.run_id, params=params)
-        self._client.set_tag(run.info.run_id, "job_file", dump_job(job)[:8000])
-        return str(run.info.run_id)
+        run_id = str(run.info.run_id)
+        params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in _flat(job.model_dump(mode="json")).items()]
+        self._client.log_batch(run_id, params=params)
+        job_uri = storage.join(self._artifacts_uri, run_id, "artifacts", "job.yaml")
+        storage.write_bytes(job_uri, dump_job(job).encode())
+        self._client.set_tag(run_id, "job_uri", job_uri)
+        return run_id
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
         """Add one point to each metric's curve."""
@@ -73,11 +87,7 @@ class Registry:
 
     def register(self, name: str, package_uri: str, run_id: str, tags: dict[str, str]) -> ModelVersion:
         """Add a package as the next version of `name`, and return it."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.get_registered_model(name)
-        except MlflowException:
+        with _kept_if_there():
             self._client.create_registered_model(name)
         version = self._client.create_model_version(name, source=package_uri, run_id=run_id, tags=tags)
         self.record_event(name, "registered", {"version": int(version.version), "run_id": run_id, "package_uri": package_uri})
@@ -89,11 +99,9 @@ class Registry:
         Raises:
             RegistryError: there is no model of that name.
         """
-        if name is not None:
-            self._require_model(name)
+        # A search for versions leaves aliases out; they are on the registered model.
+        aliases = {model.name: dict(model.aliases) for model in ([self._model(name)] if name is not None else self._models())}
         query = f"name='{name}'" if name is not None else ""
-        # A search leaves aliases out; they are on the registered model.
-        aliases = self._aliases()
         found = [self._version(version, aliases.get(version.name, {})) for version in self._client.search_model_versions(query)]
         return sorted(found, key=lambda version: (version.created, version.version), reverse=True)
 
@@ -148,46 +156,66 @@ class Registry:
     def _model_uri(self, name: str) -> str:
         return storage.join(self.workspace.experiments_uri, name)
 
+    @property
+    def _artifacts_uri(self) -> str:
+        return storage.join(self.workspace.runs_uri, "mlflow")
+
     @cached_property
     def _client(self) -> MlflowClient:
-        from mlflow import MlflowClient
-
         uri = self.workspace.resolved_tracking_uri
-        if uri.startswith("sqlite:///"):
-            path = uri.removeprefix("sqlite:///")
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-            except OSError as error:
-                raise RegistryError(
-                    f"'{path}': the registry's folder cannot be made ({error.strerror}); choose another workspace.root"
-                ) from None
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        _check_server(uri)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        return MlflowClient(tracking_uri=uri)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        try:
+            with _schema_lock(uri):
+                client = MlflowClient(tracking_uri=uri)
+                # Both stores are used once: MLflow makes their tables then, and what cannot be used is told here.
+                client.search_experiments(max_results=1)
+                client.search_registered_models(max_results=1)
+        except (MlflowException, SQLAlchemyError) as error:
+            raise RegistryError(
+                f"MLflow at '{uri}' cannot be used: {str(error).strip().splitlines()[0][:200]}; check workspace.tracking_uri, "
+                "and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD if the server asks for them"
+            ) from error
+        return client
 
     def _experiment_id(self, name: str) -> str:
+        with _kept_if_there():
+            return str(self._client.create_experiment(name, artifact_location=self._artifacts_uri))
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage == "deleted":
+            raise RegistryError(
+                f"MLflow at '{self.workspace.resolved_tracking_uri}': experiment '{name}' is deleted; "
+                "restore it there, or choose another name for the job"
+            )
+        return str(experiment.experiment_id)
+
+    def _models(self) -> list[RegisteredModel]:
+        models, token = [], None
+        while True:
+            page = self._client.search_registered_models(page_token=token)
+            models += page
+            token = page.token
+            if not token:
+                return models
+
+    def _model(self, name: str) -> RegisteredModel:
         from mlflow.exceptions import MlflowException
 
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is not None:
-            return str(experiment.experiment_id)
         try:
-            return str(self._client.create_experiment(name, artifact_location=storage.join(self.workspace.runs_uri, "mlflow")))
+            return self._client.get_registered_model(name)
         except MlflowException as error:
-            raise RegistryError(
-                f"MLflow at '{self.workspace.resolved_tracking_uri}': experiment '{name}' cannot be made ({error})"
-            ) from error
-
-    def _require_model(self, name: str) -> None:
-        known = [model.name for model in self._client.search_registered_models()]
-        if name not in known:
-            raise RegistryError(
-                f"no model '{name}' in the registry '{self.workspace.resolved_tracking_uri}'{near_miss(name, known)}; "
-                f"registered: {', '.join(known) or 'none yet (train one)'}"
-            )
-
-    def _aliases(self) -> dict[str, dict[str, str]]:
-        return {model.name: dict(model.aliases) for model in self._client.search_registered_models()}
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        known = [model.name for model in self._models()]
+        raise RegistryError(
+            f"no model '{name}' in the registry '{self.workspace.resolved_tracking_uri}'{near_miss(name, known)}; "
+            f"registered: {', '.join(known) or 'none yet (train one)'}"
+        )
 
     def _version(self, version: Any, aliases: dict[str, str] | None = None) -> ModelVersion:
         named = sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(version.version))
@@ -195,6 +223,54 @@ class Registry:
         return ModelVersion(
             version.name, int(version.version), version.source, version.run_id or "", tuple(named), created, dict(version.tags)
         )
+
+
+@contextmanager
+def _kept_if_there() -> Iterator[None]:
+    """Let the block make something in MLflow that may be there already, even since a moment ago."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _check_server(uri: str) -> None:
+    """Raise RegistryError within seconds where no MLflow server listens; MLflow itself would try for minutes."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise RegistryError(
+            f"workspace.tracking_uri '{uri}': nobody listens there ({getattr(error, 'strerror', None) or error}); "
+            "start the MLflow server, or leave the key out for an SQLite file in workspace.root"
+        ) from None
+
+
+@contextmanager
+def _schema_lock(uri: str) -> Iterator[None]:
+    """Make the folder of an SQLite registry, and let one process at a time make its tables: MLflow's migrations break each other."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    import fcntl
+
+    folder = os.path.dirname(os.path.abspath(uri.removeprefix("sqlite:///")))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RegistryError(f"'{folder}': the registry's folder cannot be made ({error.strerror}); choose another workspace.root") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # releases the lock
 
 
 def _split_reference(reference: str) -> tuple[str, str, str]:

@@ -224,7 +224,7 @@ class TrainingConfig(Section):
 
     checkpoint_every_epochs: PositiveInt = 1
     checkpoints_to_keep: Annotated[int, Field(ge=2)] = 3
-    """Newest checkpoints kept, besides the best."""
+    """Best checkpoints kept, by validation top-1, besides the newest."""
 
     @property
     def max_workers(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from eagleray.artifacts.package import ModelCard, load_card, load_package, save_package
 from eagleray.artifacts.registry import Registry
@@ -14,6 +17,7 @@ from eagleray.config.schema import ModelConfig, WorkspaceConfig
 from eagleray.data.transforms import Preprocessing
 from eagleray.errors import RegistryError
 from eagleray.models.zoo import build_model
+from eagleray.ports import free_ports
 
 CNN = ModelConfig(name="cnn", params={"width": 4})
 
@@ -80,6 +84,47 @@ def test_a_run_keeps_its_job_and_its_curves(registry: Registry) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.params["train.optimizer.lr"] == "0.5"
     assert [point.value for point in registry._client.get_metric_history(run_id, "val_top1")] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_a_long_job_file_is_kept_whole(registry: Registry) -> None:
+    families = {f"family{i}": {"width": {"choice": list(range(1000))}} for i in range(5)}
+    job = build_job({"name": "pets", "data": {"train": "a", "val": "b"}, "tune": {"families": families}})
+    run = registry._client.get_run(registry.start_run("run-2", job, {}))
+    assert build_job(yaml.safe_load(Path(run.data.tags["job_uri"]).read_text())) == job
+
+
+def test_jobs_that_start_at_once_share_a_new_registry_quietly(tmp_path: Path) -> None:
+    code = (
+        "import sys; from eagleray.artifacts.registry import Registry; from eagleray.config.schema import WorkspaceConfig; "
+        "print(Registry(WorkspaceConfig(root=sys.argv[1])).register('pets', '/packages/1', '', {}).version)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "not" / "there" / "yet")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert sorted(outputs) == [("1\n", ""), ("2\n", "")]
+
+
+def test_a_model_is_found_among_hundreds(tmp_path: Path) -> None:
+    registry = Registry(WorkspaceConfig(root=str(tmp_path)))
+    registry.register("zebras", "/packages/1", "", {})
+    for number in range(101):  # MLflow lists a hundred at a time
+        registry._client.create_registered_model(f"model{number}")
+    assert registry.resolve("zebras:1").package_uri == "/packages/1"
+    assert [version.name for version in registry.versions()] == ["zebras"]
+    with pytest.raises(RegistryError, match=r"did you mean 'zebras'"):
+        registry.resolve("zebra:1")
+
+
+def test_a_server_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with pytest.raises(RegistryError, match=rf"workspace.tracking_uri '{uri}': nobody listens there"):
+        Registry(WorkspaceConfig(root=str(tmp_path), tracking_uri=uri)).versions()
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, but long enough to look like one" * 100)
+    with pytest.raises(RegistryError, match=r"mlflow.db' cannot be used: .*file is not a database; check workspace.tracking_uri"):
+        Registry(WorkspaceConfig(root=str(tmp_path))).versions()
 
 
 def save(uri: str) -> ModelCard:
