@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 VERBS = ("train", "tune")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLL_S = 0.5
+AGENT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ def submit_job(job: JobConfig, address: str, *, verb: str | None = None, name: s
     with _client(address) as client, tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "job.yaml").write_text(dump_job(portable), encoding="utf-8")
         arguments = f" --name {name}" if name else ""
-        submission_id: str = client.submit_job(
+        return _submit_when_ready(
+            client,
             entrypoint=f"python -m eagleray {verb} job.yaml{arguments}",
             runtime_env={"working_dir": directory, "py_modules": [str(package_directory())]},
             metadata={"job": job.name, "verb": verb},
         )
-    return submission_id
 
 
 def list_jobs(address: str) -> list[JobInfo]:
@@ -118,6 +119,18 @@ def _client(address: str) -> Iterator[JobSubmissionClient]:
         raise ClusterError(f"'{address}': {given}; set RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token") from None
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(f"'{address}': {' '.join(str(error).split())[:400]}") from error
+
+
+def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit; the job server of a cluster that has just started answers some seconds before a node can take a job."""
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 def _check_job_server(address: str) -> None:
