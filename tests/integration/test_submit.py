@@ -39,13 +39,14 @@ class Head:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A cluster as `ray start --head` makes it, with a token."""
-    port, dashboard, client = free_ports(3)
+    port, dashboard, client, agent = free_ports(4)
     temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     environment["PATH"] = f"{BINARIES}{os.pathsep}{environment['PATH']}"
     command = [str(BINARIES / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += [f"--ray-client-server-port={client}", "--num-cpus=2", f"--temp-dir={temp_dir}", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={agent}"]  # the default one is taken by the session's own cluster
     log_path = tmp_path_factory.mktemp("head") / "head.log"
     with open(log_path, "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

@@ -112,6 +112,7 @@ def _client(address: str) -> Iterator[JobSubmissionClient]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    quiet()  # again: importing Ray has set up its loggers
     try:
         yield JobSubmissionClient(address)
     except AuthenticationError:
@@ -128,8 +129,13 @@ def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
         try:
             return str(client.submit_job(**job))
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"no node of the cluster took the job within {AGENT_TIMEOUT_S:.0f} s: its job agent is not up; if two clusters share "
+                    "a machine, start the second one with another --dashboard-agent-listen-port (default 52365)"
+                ) from None
         time.sleep(POLL_S)
 
 
