@@ -101,6 +101,8 @@ class BatchStream:
         dataset.context.enable_progress_bars = False
         dataset.context.print_on_execution_start = False
         dataset.context.raise_original_map_exception = True
+        # Just below what the decoder yields at a time, so that each becomes a block as it is.
+        dataset.context.target_max_block_size = decoder.block_bytes(world_size) * 9 // 10
         batch_size = self.decoder.plan.global_batch_size // self.world_size
         with warnings.catch_warnings():
             # Blocks are read from shared memory; nothing writes to them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -63,7 +64,12 @@ def decode_eval(data: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
 
 def decode_train(
-    data: bytes, size: tuple[int, int], augment: AugmentConfig, image_size: int, rng: np.random.Generator
+    data: bytes,
+    size: tuple[int, int],
+    augment: AugmentConfig,
+    image_size: int,
+    rng: np.random.Generator,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode a picture of a shard with its random crop and flip.
 
@@ -71,6 +77,7 @@ def decode_train(
         data: encoded bytes.
         size: (width, height) in pixels.
         rng: the sample's own generator.
+        out: uint8 [S, S, 3] to write the result to.
 
     Returns:
         uint8 [S, S, 3] with S = `image_size`.
@@ -79,8 +86,10 @@ def decode_train(
         DataError: damaged or truncated.
     """
     box = (0, 0, *size) if augment.crop_scale is None else random_resized_crop(size, augment.crop_scale, augment.crop_ratio, rng)
-    image = crop_and_resize(data, size, box, image_size)
-    return np.ascontiguousarray(image[:, ::-1]) if rng.random() < augment.flip else image
+    image = crop_and_resize(data, size, box, image_size, out)
+    if rng.random() < augment.flip:
+        cv2.flip(image, 1, dst=image)
+    return image
 
 
 def random_resized_crop(
