@@ -9,13 +9,18 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from eagleray.data.jpeg import Box, cut, read_header, with_size
 from eagleray.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEFAULT_MAX_PIXELS = 178_956_970  # as Pillow's decompression-bomb warning
 
@@ -38,8 +43,7 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, 
                 width, height = image.size
                 if width * height > max_pixels:
                     raise DataError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
-                # Of a PNG without it, Pillow would decode the whole picture in search of it.
-                orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+                orientation = _orientation(image)
     except UnidentifiedImageError:
         raise DataError("not a JPEG, PNG or WebP picture") from None
     except Image.DecompressionBombError:
@@ -50,6 +54,22 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, 
         # Pillow's parsers raise many kinds of error on hostile headers; each means the same here.
         raise DataError(f"damaged header ({error})") from None
     return (height, width) if orientation in _TURNED else (width, height)
+
+
+def exif_orientation(data: bytes) -> int:
+    """Return how EXIF says that a picture is turned or mirrored, 1 (not at all) to 8; 1 too where it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _orientation(image)
+    except Exception:
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    # Of a PNG without it, Pillow would decode the whole picture in search of it.
+    return int(image.getexif().get(_EXIF_ORIENTATION, 1)) if "exif" in image.info else 1
 
 
 def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
@@ -77,14 +97,12 @@ def decode_trusted(data: bytes) -> NDArray[np.uint8]:
     return _decode_opencv(data, reduction=1)
 
 
-def crop_and_resize(
-    data: bytes, size: tuple[int, int], box: tuple[int, int, int, int], target: int, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
+def crop_and_resize(data: bytes, size: tuple[int, int], box: Box, target: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """Return `box` of a picture as a square, decoding only what it needs.
 
-    JPEGs are decoded down to the box's last row and no further, and at half, a quarter or an eighth of
-    their size (DCT scaling) where the box has twice, four or eight times the pixels wanted; the box's
-    edges then move to a multiple of 2, 4 or 8 pixels.
+    Of a tiled JPEG (see `tiling`) only the tiles under the box are decoded, of another one all down to the
+    box's last row; both at half, a quarter or an eighth of their size (DCT scaling) where the box has
+    twice, four or eight times the pixels wanted; the box's edges then move to a multiple of 2, 4 or 8 pixels.
 
     Args:
         data: encoded bytes of a picture that was checked at ingest.
@@ -101,9 +119,9 @@ def crop_and_resize(
     """
     left, top, width, height = box
     reduction = max((r for r in _OPENCV_FLAGS if min(width, height) >= r * target), default=1)
-    image = _decode_rows(data, size, top + height, reduction)
-    rows = _span(top, height, reduction, image.shape[0])
-    columns = _span(left, width, reduction, image.shape[1])
+    image, x, y = _decode_part(data, size, box, reduction)
+    rows = _span(top - y, height, reduction, image.shape[0])
+    columns = _span(left - x, width, reduction, image.shape[1])
     return resize(image[rows, columns], target, target, out)
 
 
@@ -149,49 +167,40 @@ def _span(start: int, length: int, reduction: int, limit: int) -> slice:
     return slice(first, max(first + 1, min(round((start + length) / reduction), limit)))
 
 
-def _decode_rows(data: bytes, size: tuple[int, int], bottom: int, reduction: int) -> NDArray[np.uint8]:
-    """Decode the rows above `bottom` of a picture at 1/`reduction` of its size; there may be more rows."""
-    place = _jpeg_height_place(data)
-    if place is None:
-        return _decode_opencv(data, reduction)
+def _decode_part(data: bytes, size: tuple[int, int], box: Box, reduction: int) -> tuple[NDArray[np.uint8], int, int]:
+    """Decode at least `box` of a picture, at 1/`reduction` of its size; also return the place (left, top) of the first pixel."""
+    header = read_header(data)
+    if header is None or header.has_exif:
+        _check_size(image_size(data), size)
+        return _decode_opencv(data, reduction), 0, 0
+    _check_size((header.width, header.height), size)
     _check_end(data)
-    width, height = size
+    if header.tiles_per_row:
+        tiles = cut(data, header, box)
+        if tiles is None:
+            raise DataError("cannot be decoded (restart markers are missing)")
+        part, (left, top, width, height) = tiles
+        return _decode_jpeg(part, width, height, reduction), left, top
     # Nothing below the rows of blocks that the crop touches is decoded when the header gives the picture as
     # so high only. Smooth upsampling of colours looks one row further.
-    height = min(height, -(-(bottom + 1) // _BLOCK_ROWS) * _BLOCK_ROWS)
-    shortened = b"".join((data[:place], height.to_bytes(2, "big"), data[place + 2 :]))
+    bottom = box[1] + box[3] + 1
+    height = min(header.height, -(-bottom // header.block_height) * header.block_height)
+    return _decode_jpeg(with_size(data, header, header.width, height), header.width, height, reduction), 0, 0
+
+
+def _check_size(found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise DataError(f"{found[0]}x{found[1]} pixels, the shard says {expected[0]}x{expected[1]}")
+
+
+def _decode_jpeg(data: bytes, width: int, height: int, reduction: int) -> NDArray[np.uint8]:
     try:
-        # Not strict: the rest of the data is expected to be left over.
+        # Not strict: the rest of the data may be left over.
         return simplejpeg.decode_jpeg(  # type: ignore[no-any-return]
-            shortened,
-            min_height=-(-height // reduction),
-            min_width=-(-width // reduction),
-            min_factor=reduction,
-            strict=False,
+            data, min_height=-(-height // reduction), min_width=-(-width // reduction), min_factor=reduction, strict=False
         )
     except ValueError as error:
         raise DataError(f"cannot be decoded ({' '.join(str(error).split())[:100]})") from None
-
-
-_BLOCK_ROWS = 16
-"""Rows of a block at the common colour subsamplings; a decoder handles them as a whole."""
-
-
-def _jpeg_height_place(data: bytes) -> int | None:
-    """Return where the header of a plain sequential JPEG says how high it is; None for any other picture.
-
-    Others are those that need more than rows of RGB: progressive ones, CMYK, and any with EXIF, which may turn it.
-    """
-    place = 2
-    while data[:2] == b"\xff\xd8" and data[place : place + 1] == b"\xff" and place + 9 < len(data):
-        marker = data[place + 1]
-        if marker in (0xC0, 0xC1):
-            return place + 5 if data[place + 9] in (1, 3) else None
-        is_exif = marker == 0xE1 and data[place + 4 : place + 8] == b"Exif"
-        if is_exif or not (0xE0 <= marker <= 0xEF or marker in (0xC4, 0xDB, 0xDD, 0xFE)):
-            return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
 
 
 def _decode_opencv(data: bytes, reduction: int) -> NDArray[np.uint8]:
