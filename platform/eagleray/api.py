@@ -388,22 +388,24 @@ def register_weights(
 ) -> tuple[ModelVersion, dict[str, float]]:
     """Measure weights on the test split, package them with their lineage, and register them as a version."""
     from eagleray.artifacts.package import ModelCard, save_package
-    from eagleray.data.shards import load_manifest
+    from eagleray.data.mixture import load_training_set
     from eagleray.data.transforms import Preprocessing
     from eagleray.training.evaluation import evaluate_weights
+    from eagleray.training.trainer import load_quarantine
 
     kept = {key: value for key, value in metrics.items() if key.startswith("val_")}
     if job.data.test is not None:
         kept |= evaluate_weights(job, weights, job.data.test, "test")
-    manifest = load_manifest(job.data.train)
+    training_set = load_training_set(job.data)
     card = ModelCard(
         name=job.name,
         model=job.model,
-        classes=manifest.classes,
+        classes=training_set.classes,
         preprocessing=Preprocessing.of(job.data),
         metrics=kept,
         run_name=run_name,
-        data_digest=manifest.digest,
+        data_digest=training_set.digest,
+        quarantined=load_quarantine(storage.join(job.workspace.runs_uri, run_name)),
         job=job.model_dump(mode="json"),
         code_version=code_version(),
     )

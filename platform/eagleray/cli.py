@@ -210,7 +210,7 @@ def train(
 
     job = api.load_job(job_file, overrides)
     console.print(
-        f"training {job.model.name} on {job.data.train}: {job.train.epochs} epochs, batch {job.train.global_batch_size}, {job.train.max_workers} worker(s)"
+        f"training {job.model.name} on {' + '.join(part.uri for part in job.data.train_parts)}: {job.train.epochs} epochs, batch {job.train.global_batch_size}, {job.train.max_workers} worker(s)"
     )
     trained = api.train(
         job, name=name, resume=resume, alias=alias, address=address, on_epoch=lambda m: console.print(epoch_line(m, job.train.epochs))

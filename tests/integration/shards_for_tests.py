@@ -13,8 +13,8 @@ from eagleray.config.schema import JobConfig
 from eagleray.data.shards import Manifest, encode_shard, manifest_uri
 
 
-def write_digit_shards(root: Path) -> Path:
-    """Write 480 digits as `train` and 120 as `val` and `test` below `root`."""
+def write_digit_shards(root: Path, damaged: int | None = None) -> Path:
+    """Write 480 digits as `train` and 120 as `val` and `test` below `root`; one of the training pictures may be zeros only."""
     import cv2
 
     digits = load_digits()
@@ -31,6 +31,8 @@ def write_digit_shards(root: Path) -> Path:
             }
             for index in part
         ]
+        if split == "train" and damaged is not None:
+            rows[damaged]["image"] = bytes(len(rows[damaged]["image"]))
         data, info = encode_shard("shard-00000.parquet", rows, 10_000, classes)
         uri = str(root / split)
         storage.write_bytes(storage.join(uri, info.path), data)

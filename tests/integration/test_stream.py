@@ -49,7 +49,7 @@ def write_dataset(uri: str, damaged: int | None = None) -> Manifest:
 def stream_of(uri: str, rank: int = 0, world_size: int = 1, seed: int | None = 1) -> BatchStream:
     plan = EpochPlan.of(load_manifest(uri), global_batch_size=16, lanes=4, window_size=48, seed=seed)
     augment = None if seed is None else AugmentConfig(crop_scale=(0.5, 1.0))
-    return BatchStream(WindowDecoder(uri, plan, Preprocessing(image_size=8, eval_resize=8), augment), rank, world_size, RESOURCES)
+    return BatchStream(WindowDecoder((uri,), plan, Preprocessing(image_size=8, eval_resize=8), augment), rank, world_size, RESOURCES)
 
 
 def epochs_of(stream: BatchStream, last_epoch: int = 2, first_step: int = 0) -> list[list[Batch]]:

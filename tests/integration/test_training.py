@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from eagleray.artifacts.package import load_card
 from eagleray.cluster.connect import Connection
 from eagleray.config.load import load_job
 from eagleray.config.schema import JobConfig
+from eagleray.data.shards import load_manifest
 from eagleray.data.stream import DecodeResources
 from eagleray.errors import ConfigError, DataError, TrainingError
-from eagleray.training.loop import EpochEnd, Worker, train
+from eagleray.training.loop import Pause, Worker, train
 from eagleray.training.trainer import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -32,12 +34,12 @@ def worker_of(rank: int = 0, world_size: int = 1) -> Worker:
     return Worker(rank, world_size, torch.device("cpu"), 1, decode, decode)
 
 
-def run(job: JobConfig, resume: dict[str, object] | None = None) -> list[EpochEnd]:
+def run(job: JobConfig, resume: dict[str, object] | None = None) -> list[Pause]:
     """Run the loop in this process and keep each epoch's state."""
     ends = []
     for end in train(job, worker_of(), resume):
         state = {name: _copy(part) for name, part in end.state().items()}
-        ends.append(EpochEnd(end.epoch, end.metrics, lambda state=state: state))
+        ends.append(Pause(end.epoch, end.metrics, end.quarantined, lambda state=state: state))
     return ends
 
 
@@ -95,6 +97,63 @@ def test_a_killed_worker_loses_nothing(ray_cluster: Connection, shards: Path, tm
     assert all(metrics["train_samples"] == 480 for metrics in seen)
 
 
+def test_a_worker_killed_within_an_epoch_goes_on_at_that_batch(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    """kill -9 of one of two workers: every epoch has the same batches, in the same order, as undisturbed on one worker."""
+    job = digits_job(shards, tmp_path, "train.checkpoint_every_steps=2", "data.test=null")
+    undisturbed = [pause.metrics["order_digest"] for pause in run(job) if pause.is_epoch_end]
+    crashing = digits_job(
+        shards,
+        tmp_path,
+        f"model={{name: 'models_for_tests:crash_in_third_epoch', params: {{marker: '{tmp_path / 'crashed'}'}}}}",
+        "train.checkpoint_every_steps=2",
+        "data.test=null",
+    )
+    seen: dict[float, dict[str, float]] = {}
+    api.train(crashing, name="killed", on_epoch=lambda metrics: seen.update({metrics["epoch"]: metrics}))
+    assert (tmp_path / "crashed").exists()
+    assert [seen[epoch]["order_digest"] for epoch in range(4)] == undisturbed
+    assert len(set(undisturbed)) == 4
+    assert all(metrics["train_samples"] == 480 for metrics in seen.values())
+
+
+def test_a_run_resumed_within_an_epoch_ends_like_an_undisturbed_one(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    """Bit for bit: the weights, and what is said of the whole epoch, though it was seen in two parts; with dropout."""
+    job = digits_job(
+        shards, tmp_path, "train.num_workers=1", "train.deterministic=true", "train.checkpoint_every_steps=7", "train.epochs=2"
+    )
+    job = job.model_copy(update={"model": job.model.model_copy(update={"params": {"dropout": 0.3}})})
+    whole = run(job)
+    assert [pause.is_epoch_end for pause in whole] == [False, False, True, False, False, True]
+    resumed = run(job, resume=whole[1].state())
+    assert [pause.epoch for pause in resumed] == [0, 1, 1, 1]
+    for name in ("train_loss", "train_top1", "train_samples", "order_digest", "val_top1"):
+        assert resumed[0].metrics[name] == whole[2].metrics[name], name
+    first, second = whole[-1].state()["weights"], resumed[-1].state()["weights"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_damaged_picture_is_named_in_the_run_and_the_model_and_too_many_stop_it(
+    ray_cluster: Connection, shards: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    write_digit_shards(damaged, damaged=7)
+    trained = api.train(digits_job(damaged, tmp_path, "data.max_bad_fraction=0.01", "train.epochs=1", "data.test=null"), name="run")
+    named = load_card(trained.version.package_uri).quarantined
+    assert len(named) == 1 and named[0]["shard"].endswith("train/shard-00000.parquet") and "picture" in named[0]["reason"]
+    assert named == json.loads((tmp_path / "runs" / "run" / "quarantine.json").read_text())
+    with pytest.raises(DataError, match=rf"1 of 480 pictures could not be decoded in epoch 1.*the first: {named[0]['key']} in"):
+        run(digits_job(damaged, tmp_path, "train.num_workers=1"))
+
+
+def test_mixed_data_sets_are_trained_on_by_weight(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    mixture = [{"uri": str(shards / "train"), "weight": 0.5}, {"uri": str(shards / "test"), "weight": 2}]
+    job = digits_job(shards, tmp_path, f"data.train={json.dumps(mixture)}", "train.epochs=1", "data.test=null")
+    seen: list[dict[str, float]] = []
+    trained = api.train(job, name="mixed", on_epoch=seen.append)
+    assert seen[0]["train_samples"] == 240 + 240
+    assert load_card(trained.version.package_uri).data_digest not in (load_manifest(str(shards / s)).digest for s in ("train", "test"))
+
+
 def test_an_error_that_would_only_come_again_ends_the_run_at_once(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
     job = digits_job(
         shards,
@@ -133,7 +192,7 @@ def test_resume_goes_on_with_the_stored_job(ray_cluster: Connection, shards: Pat
     resumed = api.train(job, resume="run", on_epoch=seen.append)
     assert [metrics["epoch"] for metrics in seen] == [2, 3]
     assert resumed.version.version == first.version.version + 1
-    assert load_checkpoint(resumed.training.checkpoint_uri)["epoch"] in (0, 1, 2, 3)
+    assert load_checkpoint(resumed.training.checkpoint_uri)["steps_done"] in (15, 30, 45, 60)
     with pytest.raises(TrainingError, match="no run there"):
         api.train(job, resume="nowhere")
 

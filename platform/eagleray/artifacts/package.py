@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from eagleray import storage
 from eagleray.config.schema import ModelConfig, Section
@@ -35,6 +35,8 @@ class ModelCard(Section):
     run_name: str
     data_digest: str
     """Digest of the training split's manifest."""
+    quarantined: list[dict[str, str]] = Field(default_factory=list)
+    """Training pictures that could not be decoded: key, shard and reason of each."""
     job: dict[str, Any]
     """The resolved job file."""
     code_version: str

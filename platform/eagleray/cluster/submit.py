@@ -169,9 +169,12 @@ def _info(details: Any) -> JobInfo:
 
 def _with_portable_paths(job: JobConfig, address: str) -> JobConfig:
     """Make local paths absolute for a cluster on this machine; refuse them for any other."""
-    paths = {"workspace.root": job.workspace.root, "data.train": job.data.train, "data.val": job.data.val, "data.test": job.data.test}
+    paths = {"workspace.root": job.workspace.root, "data.val": job.data.val, "data.test": job.data.test}
+    paths |= {f"data.train.{i}": part.uri for i, part in enumerate(job.data.train_parts)}
     local = {key: uri for key, uri in paths.items() if uri is not None and storage.is_local(uri)}
     if local and urlsplit(address).hostname not in LOOPBACK:
         key, uri = next(iter(local.items()))
         raise ConfigError(f"{key} '{uri}' is a local path, which the cluster at '{address}' cannot see; use an s3:// URI")
-    return with_values(job, {key: storage.normalize_uri(uri) for key, uri in local.items()})
+    values: dict[str, Any] = {key: storage.normalize_uri(uri) for key, uri in local.items() if not key.startswith("data.train.")}
+    values["data.train"] = [part.model_copy(update={"uri": storage.normalize_uri(part.uri)}).model_dump() for part in job.data.train_parts]
+    return with_values(job, values)

@@ -113,11 +113,19 @@ class AugmentConfig(Section):
         return value
 
 
+class MixturePart(Section):
+    """One of several training sets that are mixed."""
+
+    uri: str
+    weight: PositiveFloat = 1.0
+    """How often each of its pictures comes in an epoch, on average: 0.5 half of them, 2 each twice."""
+
+
 class DataConfig(Section):
     """Which shards are streamed, and how."""
 
-    train: str
-    """URI of the ingested training split (the folder that holds `manifest.json`)."""
+    train: str | Annotated[list[MixturePart], Field(min_length=1)]
+    """URI of the ingested training split (the folder that holds `manifest.json`), or a list of `{uri, weight}` to mix."""
 
     val: str
     """URI of the ingested validation split; it selects trials and checkpoints."""
@@ -141,6 +149,10 @@ class DataConfig(Section):
 
     max_bad_fraction: Fraction = 0.001
     """A run stops when more than this share of an epoch's pictures cannot be decoded."""
+
+    @property
+    def train_parts(self) -> tuple[MixturePart, ...]:
+        return (MixturePart(uri=self.train),) if isinstance(self.train, str) else tuple(self.train)
 
     @property
     def resolved_eval_resize(self) -> int:
@@ -223,6 +235,9 @@ class TrainingConfig(Section):
     """Worker failures survived by going on from the last checkpoint; -1: any number."""
 
     checkpoint_every_epochs: PositiveInt = 1
+    checkpoint_every_steps: PositiveInt | None = None
+    """Steps after which a checkpoint is written within epochs too, for long ones; a resumed run goes on at that very batch."""
+
     checkpoints_to_keep: Annotated[int, Field(ge=2)] = 3
     """Best checkpoints kept, by validation top-1, besides the newest."""
 

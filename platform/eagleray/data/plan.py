@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure function of (seed, epoch, row groups of the manifest).
+"""The order of an epoch: a pure function of (seed, epoch, row groups of the manifests).
 
 Row groups are permuted over the whole epoch. The permuted sequence is cut into windows, each window
 into `lanes` equal parts, and the samples of each part are permuted. Global batch b takes the b-th
@@ -9,10 +9,14 @@ slice of every lane, so it mixes samples from all over the window; a rank takes 
 - a position is one number, the count of global batches since the start of the epoch;
 - every sample comes once an epoch: the last batch is filled up with samples already seen, which are
   marked as not valid and weigh nothing. Batches keep one shape, and batch norm sees real pictures.
+
+Of several data sets that are mixed by weight, each goes round by itself: its passes, each in an order of its own,
+follow one another, and an epoch takes the next `weight` passes' worth of samples from there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -26,8 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Where a row group is: `index`-th of the shard at `shard_path`; `first_id` is its first sample's id."""
+    """Where a row group is: `index`-th of the shard at `shard_path` of data set `part`; `first_id` is its first sample's id."""
 
+    part: int
     shard_path: str
     index: int
     first_id: int
@@ -51,11 +56,12 @@ class EpochPlan:
     """The order of all epochs over one data set.
 
     Attributes:
-        row_groups: in the manifest's order.
+        row_groups: in the manifests' order.
         global_batch_size: samples per step over all ranks; a multiple of `lanes`.
         lanes: parts of a global batch.
         window_size: samples mixed at a time; rounded up to whole batches.
-        seed: None keeps the manifest's order (evaluation).
+        seed: None keeps the manifests' order (evaluation).
+        weights: how often a sample of each data set comes in an epoch, on average over epochs.
     """
 
     row_groups: tuple[RowGroup, ...]
@@ -63,20 +69,33 @@ class EpochPlan:
     lanes: int
     window_size: int
     seed: int | None
+    weights: tuple[float, ...] = (1.0,)
 
     @classmethod
-    def of(cls, manifest: Manifest, global_batch_size: int, lanes: int, window_size: int, seed: int | None) -> EpochPlan:
+    def of(
+        cls,
+        manifests: Manifest | Sequence[Manifest],
+        global_batch_size: int,
+        lanes: int,
+        window_size: int,
+        seed: int | None,
+        weights: Sequence[float] | None = None,
+    ) -> EpochPlan:
+        """Plan over one data set, or over several mixed by `weights` (all 1 by default)."""
         assert global_batch_size % lanes == 0
+        parts = list(manifests) if isinstance(manifests, Sequence) else [manifests]
         groups, first_id = [], 0
-        for shard in manifest.shards:
-            for index, rows in enumerate(shard.row_group_rows):
-                groups.append(RowGroup(shard.path, index, first_id, rows))
-                first_id += rows
-        return cls(tuple(groups), global_batch_size, lanes, window_size, seed)
+        for part, manifest in enumerate(parts):
+            for shard in manifest.shards:
+                for index, rows in enumerate(shard.row_group_rows):
+                    groups.append(RowGroup(part, shard.path, index, first_id, rows))
+                    first_id += rows
+        return cls(tuple(groups), global_batch_size, lanes, window_size, seed, tuple(weights or [1.0] * len(parts)))
 
     @cached_property
     def num_rows(self) -> int:
-        return sum(group.rows for group in self.row_groups)
+        """Samples in an epoch."""
+        return sum(self._part_samples)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,17 +150,38 @@ class EpochPlan:
         size = self.steps_per_window * self.global_batch_size
         start = window * size
         stop = self.num_rows if window == self.num_windows - 1 else start + size
-        order = np.arange(len(self.row_groups))
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        ends = np.cumsum(self._rows[order])
-        first, last = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left")
-        groups = order[first : last + 1]
-        ids = np.concatenate(
-            [np.arange(self.row_groups[g].first_id, self.row_groups[g].first_id + self.row_groups[g].rows) for g in groups]
-        )
-        offset = start - (ends[first] - self._rows[order[first]])
+        groups, firsts, lasts = self._epoch_slices(epoch)
+        ends = np.cumsum(lasts - firsts)
+        begin, end = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left") + 1
+        first_ids = self._first_ids[groups]
+        ids = np.concatenate([np.arange(first_ids[i] + firsts[i], first_ids[i] + lasts[i]) for i in range(begin, end)])
+        offset = start - (ends[begin] - (lasts[begin] - firsts[begin]))
         return ids[offset : offset + stop - start]
+
+    def _epoch_slices(self, epoch: int) -> NDArray[np.int64]:
+        """Return int64 [3, N]: the row groups of an epoch in their order, and the first and last + 1 row taken of each."""
+        slices = []
+        for part, samples in enumerate(self._part_samples):
+            in_part = np.flatnonzero(self._parts == part)
+            size = int(self._rows[in_part].sum())
+            first, last = epoch * samples, (epoch + 1) * samples
+            for number in range(first // size, -(-last // size)):
+                order = in_part if self.seed is None else np.random.default_rng([self.seed, part, number]).permutation(in_part)
+                rows = self._rows[order]
+                starts = number * size + np.cumsum(rows) - rows
+                taken = np.stack([order, np.maximum(first - starts, 0), np.minimum(last - starts, rows)])
+                slices.append(taken[:, taken[1] < taken[2]])
+        joined = np.concatenate(slices, axis=1)
+        return joined if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(joined, axis=1)
+
+    @cached_property
+    def _part_samples(self) -> tuple[int, ...]:
+        """Samples of each data set in an epoch."""
+        return tuple(max(1, round(weight * int(self._rows[self._parts == part].sum()))) for part, weight in enumerate(self.weights))
+
+    @cached_property
+    def _parts(self) -> NDArray[np.int64]:
+        return np.array([group.part for group in self.row_groups], np.int64)
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from eagleray import storage
 from eagleray.config.schema import AugmentConfig
 from eagleray.data.plan import EpochPlan
 from eagleray.data.shards import read_row_groups
@@ -46,7 +47,8 @@ class WindowDecoder:
     percent of it is outside of Python's lock.
     """
 
-    uri: str
+    uris: tuple[str, ...]
+    """Of the plan's data sets."""
     plan: EpochPlan
     preprocessing: Preprocessing
     augment: AugmentConfig | None
@@ -68,6 +70,19 @@ class WindowDecoder:
                 stop = start + steps_per_block
                 yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, tables, pool)
 
+    def explain(self, sample_id: int) -> dict[str, str]:
+        """Return the `key`, `shard` and `reason` of a picture that could not be decoded."""
+        place, row = (int(found[0]) for found in self.plan.locate(np.array([sample_id])))
+        group = self.plan.row_groups[place]
+        table = read_row_groups(self.uris[group.part], group.shard_path, [group.index])[0]
+        size = self.preprocessing.image_size
+        reason = "cannot be decoded"
+        try:
+            self._image(table, row, 0, sample_id, np.empty((size, size, 3), np.uint8))
+        except DataError as error:
+            reason = str(error)
+        return {"key": table["key"][row].as_py(), "shard": storage.join(self.uris[group.part], group.shard_path), "reason": reason}
+
     def block_bytes(self, world_size: int) -> int:
         """Return the size of a full block of one of `world_size` ranks."""
         return self._steps_per_block(world_size) * self._step_bytes(world_size)
@@ -79,12 +94,14 @@ class WindowDecoder:
         return self.plan.global_batch_size // world_size * self.preprocessing.image_size**2 * 3
 
     def _read(self, groups: NDArray[np.int64]) -> dict[int, pa.Table]:
-        by_shard: dict[str, list[int]] = {}
+        by_shard: dict[tuple[int, str], list[int]] = {}
         for group in groups.tolist():
-            by_shard.setdefault(self.plan.row_groups[group].shard_path, []).append(group)
+            row_group = self.plan.row_groups[group]
+            by_shard.setdefault((row_group.part, row_group.shard_path), []).append(group)
 
-        def read(shard_path: str) -> list[pa.Table]:
-            return read_row_groups(self.uri, shard_path, [self.plan.row_groups[group].index for group in by_shard[shard_path]])
+        def read(shard: tuple[int, str]) -> list[pa.Table]:
+            part, path = shard
+            return read_row_groups(self.uris[part], path, [self.plan.row_groups[group].index for group in by_shard[shard]])
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             tables = pool.map(read, by_shard)

@@ -1,7 +1,8 @@
 """One training run as one worker sees it. Read `train` top to bottom.
 
 The loop knows nothing of who runs it: Ray Train gives it a place among the ranks of a run
-(`trainer`), a search runs it as a trial (`tuning.trial`). It yields once an epoch.
+(`trainer`), a search runs it as a trial (`tuning.trial`). It yields at the end of each epoch and, where the job
+asks for checkpoints in between, there.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from eagleray.config.schema import JobConfig
+from eagleray.data.mixture import load_training_set
 from eagleray.data.plan import EpochPlan
-from eagleray.data.shards import Manifest, load_manifest
+from eagleray.data.shards import load_manifest
 from eagleray.data.stream import Batch, BatchStream, DecodeResources
 from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.data.window import WindowDecoder
 from eagleray.errors import DataError, TrainingError
 from eagleray.models.zoo import build_model
-from eagleray.training.metrics import BatchOutput, TimedBatches, Totals
+from eagleray.training.metrics import AccountState, BatchOutput, EpochAccount, TimedBatches, Totals, epoch_metrics, rates
 from eagleray.training.recipe import build_ema, build_optimizer, build_schedule, sample_losses
 
 
@@ -43,56 +46,90 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class EpochEnd:
-    """What the loop yields after each epoch; `state()` gives all that is needed to go on from here."""
+class Pause:
+    """What the loop yields: a place from which a run can go on.
+
+    Attributes:
+        epoch: the epoch that has ended, or is under way.
+        metrics: of the epoch; empty within one.
+        quarantined: the epoch's pictures so far, of all ranks, that could not be decoded.
+        state: gives all that is needed to go on from here.
+    """
 
     epoch: int
     metrics: dict[str, float]
+    quarantined: list[dict[str, str]]
     state: Callable[[], dict[str, Any]]
 
+    @property
+    def is_epoch_end(self) -> bool:
+        return bool(self.metrics)
 
-def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) -> Generator[EpochEnd, None, None]:
-    """Train `job.model` on `job.data`, one epoch per step of the iterator.
+
+def train(  # noqa: PLR0915 - to be read in one piece
+    job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None
+) -> Generator[Pause, None, None]:
+    """Train `job.model` on `job.data` up to the next pause with each step of the iterator.
 
     Args:
-        resume: the state of an earlier `EpochEnd`, to go on after it; on any number of workers.
+        resume: the state of an earlier `Pause`, to go on after it; on any number of workers.
 
     Raises:
         DataError: shards are missing or damaged, or too many pictures are.
         TrainingError: the loss is not finite any more.
     """
     set_up_process(job, worker)
-    manifest = load_manifest(job.data.train)
+    data = load_training_set(job.data)
     preprocessing = Preprocessing.of(job.data)
 
-    model = build_model(job.model, len(manifest.classes), job.data.image_size)
+    model = build_model(job.model, len(data.classes), job.data.image_size)
     model.to(worker.device).to(memory_format=torch.channels_last)
     ema = build_ema(model, job.train)
-    plan = EpochPlan.of(manifest, job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, job.seed)
+    plan = data.plan(job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, job.seed)
     optimizer = build_optimizer(model, job.train.optimizer)
     schedule = build_schedule(optimizer, job.train.schedule, job.train.epochs, plan.steps_per_epoch)
 
-    first_epoch = 0
+    steps_done = 0  # since the start of the run: the one number that says where it stands
     if resume is not None:
-        first_epoch = resume["epoch"] + 1
+        steps_done = resume["steps_done"]
         for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer), ("schedule", schedule)):
             if part is not None:
                 part.load_state_dict(resume[name])
+    first_epoch, first_step = divmod(steps_done, plan.steps_per_epoch)
     replica = _replicate(model, worker)
     forward = Forward(worker.device, preprocessing, job.train.precision)
 
-    decoder = WindowDecoder(job.data.train, plan, preprocessing, job.data.augment)
-    train_epochs = BatchStream(decoder, worker.rank, worker.world_size, worker.train_decode).epochs(first_epoch, job.train.epochs)
+    decoder = WindowDecoder(data.uris, plan, preprocessing, job.data.augment)
+    train_stream = BatchStream(decoder, worker.rank, worker.world_size, worker.train_decode)
+    train_epochs = train_stream.epochs(first_epoch, job.train.epochs, first_step)
     val_epochs = eval_stream(job, job.data.val, worker).epochs(first_epoch, job.train.epochs)
+
+    def pause(epoch: int, metrics: dict[str, float], account: AccountState) -> Pause:
+        def state() -> dict[str, Any]:
+            return {
+                "steps_done": steps_done,
+                "account": None if metrics else account,
+                "model": model.state_dict(),
+                "ema": ema.state_dict() if ema is not None else None,
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "weights": _evaluated(model, ema).state_dict(),
+            }
+
+        return Pause(epoch, metrics, account["quarantined"], state)
 
     for epoch, train_batches, val_batches in zip(range(first_epoch, job.train.epochs), train_epochs, val_epochs, strict=True):
         start = time.perf_counter()
         batches = TimedBatches(train_batches)
-        totals = Totals(worker.device)
+        account = EpochAccount(decoder, worker.rank, worker.world_size, worker.device)
+        if resume is not None and resume["account"] is not None and epoch == first_epoch:
+            account.restore(resume["account"])
         replica.train()
-        for step, batch in enumerate(batches):
+        for batch in batches:
+            step = steps_done % plan.steps_per_epoch
+            _seed_step(job.seed, steps_done, worker.rank)
             output = forward(replica, batch, job.train.label_smoothing)
-            totals.add(output)
+            account.add(step, batch, output)
             # DDP averages gradients over ranks; this makes that average the mean over all samples that count.
             loss = (output.losses * output.is_valid).sum() * worker.world_size / plan.num_valid(step)
             optimizer.zero_grad(set_to_none=True)
@@ -103,31 +140,24 @@ def train(job: JobConfig, worker: Worker, resume: dict[str, Any] | None = None) 
             schedule.step()
             if ema is not None:
                 ema.update_parameters(model)
-        metrics = totals.reduce("train")
+            steps_done += 1
+            if _is_pause_due(job, steps_done) and step + 1 < plan.steps_per_epoch:
+                yield pause(epoch, {}, account.reduce())
         train_s = time.perf_counter() - start
-        _check(metrics, manifest, job, epoch)
+        whole = account.reduce()
+        metrics = epoch_metrics(whole)
+        _check(metrics, whole, job, plan, epoch)
 
         metrics |= evaluate(_evaluated(model, ema), val_batches, forward, "val")
         metrics |= {
             "epoch": epoch,
-            "images_per_s": metrics["train_samples"] / train_s,
+            "images_per_s": batches.count * plan.global_batch_size / train_s,
             "data_wait_fraction": batches.wait_s / train_s,
             "first_batch_s": batches.first_batch_s,
             "epoch_s": time.perf_counter() - start,
             "learning_rate": float(schedule.get_last_lr()[0]),
         }
-
-        def state(epoch: int = epoch) -> dict[str, Any]:
-            return {
-                "epoch": epoch,
-                "model": model.state_dict(),
-                "ema": ema.state_dict() if ema is not None else None,
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "weights": _evaluated(model, ema).state_dict(),
-            }
-
-        yield EpochEnd(epoch, metrics, state)
+        yield pause(epoch, metrics, whole)
 
 
 def set_up_process(job: JobConfig, worker: Worker) -> None:
@@ -137,6 +167,16 @@ def set_up_process(job: JobConfig, worker: Worker) -> None:
     torch.use_deterministic_algorithms(job.train.deterministic)
     torch.backends.cudnn.benchmark = not job.train.deterministic
     torch.set_float32_matmul_precision("high")
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Let dropout and the like draw from (seed, step, rank) alone, so that a resumed run draws as an undisturbed one."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint32)[0]))
+
+
+def _is_pause_due(job: JobConfig, steps_done: int) -> bool:
+    every = job.train.checkpoint_every_steps
+    return every is not None and steps_done % every == 0
 
 
 class Forward:
@@ -157,18 +197,18 @@ class Forward:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterator[Batch], forward: Forward, prefix: str) -> dict[str, float]:
-    """Return `{prefix}_loss`, `_top1`, `_top5` (fractions) and `_samples`, exact over all ranks."""
+    """Return `{prefix}_loss`, `_top1`, `_top5` (fractions), `_samples` and `_quarantined`, exact over all ranks."""
     model.eval()
     totals = Totals(forward.device)
     for batch in batches:
-        totals.add(forward(model, batch, label_smoothing=0.0))
-    return totals.reduce(prefix)
+        totals.add(forward(model, batch, label_smoothing=0.0), int(batch.is_bad.sum()))
+    return rates(totals.reduce(), prefix)
 
 
 def eval_stream(job: JobConfig, uri: str, worker: Worker) -> BatchStream:
     """Return this rank's part of a split, unshuffled, for evaluation."""
     plan = EpochPlan.of(load_manifest(uri), job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, seed=None)
-    decoder = WindowDecoder(uri, plan, Preprocessing.of(job.data), augment=None)
+    decoder = WindowDecoder((uri,), plan, Preprocessing.of(job.data), augment=None)
     return BatchStream(decoder, worker.rank, worker.world_size, worker.eval_decode)
 
 
@@ -182,15 +222,16 @@ def _evaluated(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
     return ema.module if ema is not None else model
 
 
-def _check(metrics: dict[str, float], manifest: Manifest, job: JobConfig, epoch: int) -> None:
+def _check(metrics: dict[str, float], account: AccountState, job: JobConfig, plan: EpochPlan, epoch: int) -> None:
     if not math.isfinite(metrics["train_loss"]):
         raise TrainingError(
             f"the training loss is {metrics['train_loss']} after epoch {epoch + 1}; lower train.optimizer.lr "
             f"({job.train.optimizer.lr}), lengthen train.schedule.warmup_epochs or set train.grad_clip_norm"
         )
-    num_bad = manifest.num_rows - round(metrics["train_samples"])
-    if num_bad > job.data.max_bad_fraction * manifest.num_rows:
+    num_bad = round(metrics["train_quarantined"])
+    if num_bad > job.data.max_bad_fraction * plan.num_rows:
+        named = "; ".join(f"{picture['key']} in {picture['shard']}: {picture['reason']}" for picture in account["quarantined"][:3])
         raise DataError(
-            f"'{job.data.train}': {num_bad} of {manifest.num_rows} pictures could not be decoded in epoch {epoch + 1}, more than "
-            f"data.max_bad_fraction ({job.data.max_bad_fraction:.2%}) allows; run `eagleray data verify {job.data.train}`"
+            f"{num_bad} of {plan.num_rows} pictures could not be decoded in epoch {epoch + 1}, more than data.max_bad_fraction "
+            f"({job.data.max_bad_fraction:.2%}) allows; check the shards with `eagleray data verify`; the first: {named}"
         )

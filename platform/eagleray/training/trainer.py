@@ -23,6 +23,7 @@ from eagleray import storage
 from eagleray.artifacts.checkpoint import load_state, save_state
 from eagleray.config.load import build_job, dump_job, load_job
 from eagleray.config.schema import ElasticWorkers, JobConfig
+from eagleray.data.mixture import load_training_set
 from eagleray.data.shards import load_manifest
 from eagleray.errors import ConfigError, DataError, EagleRayError, TrainingError
 from eagleray.models.zoo import build_model
@@ -30,6 +31,7 @@ from eagleray.training.loop import Worker, train
 from eagleray.training.resources import WorkerResources, share_resources
 
 JOB_NAME = "job.yaml"
+QUARANTINE_NAME = "quarantine.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def run_training(job: JobConfig, run_name: str, *, on_epoch: Callable[[dict[str,
     with _Progress(on_epoch) as progress:
         trainer = TorchTrainer(
             _train_loop_per_worker,
-            train_loop_config={"job": job.model_dump(mode="json"), "resources": resources},
+            train_loop_config={"job": job.model_dump(mode="json"), "resources": resources, "run_uri": run_uri},
             scaling_config=_scaling(job, resources),
             run_config=RunConfig(
                 name=run_name,
@@ -94,20 +96,20 @@ def check_inputs(job: JobConfig) -> None:
         DataError, ConfigError, TrainingError: says which.
     """
     share_resources(ray.cluster_resources(), job.train.max_workers, job.train.use_gpu)
-    train_split = load_manifest(job.data.train)
+    training_set = load_training_set(job.data)
     for key, uri in (("data.val", job.data.val), ("data.test", job.data.test)):
-        if uri is not None and (classes := load_manifest(uri).classes) != train_split.classes:
+        if uri is not None and (classes := load_manifest(uri).classes) != training_set.classes:
             raise DataError(
-                f"{key} '{uri}' has {len(classes)} classes, data.train '{job.data.train}' has {len(train_split.classes)}, or in another "
+                f"{key} '{uri}' has {len(classes)} classes, data.train {training_set} has {len(training_set.classes)}, or in another "
                 "order; ingest both from one source with --split, or give folders with the same class names"
             )
-    empty = [name for name, count in train_split.class_counts.items() if not count]
+    empty = [name for name, count in training_set.class_counts.items() if not count]
     if empty:
         raise DataError(
-            f"data.train '{job.data.train}': no picture of class '{empty[0]}' ({len(empty)} empty classes); add some or remove the class"
+            f"data.train {training_set}: no picture of class '{empty[0]}' ({len(empty)} empty classes); add some or remove the class"
         )
     with torch.device("meta"):
-        model = build_model(job.model, len(train_split.classes), job.data.image_size).eval()
+        model = build_model(job.model, len(training_set.classes), job.data.image_size).eval()
         try:
             model(torch.empty(2, 3, job.data.image_size, job.data.image_size))
         except (RuntimeError, ValueError) as error:
@@ -140,6 +142,13 @@ def load_run_job(runs_uri: str, run_name: str) -> JobConfig:
         path = Path(directory) / JOB_NAME
         path.write_bytes(storage.read_bytes(job_uri))
         return load_job(path)
+
+
+def load_quarantine(run_uri: str) -> list[dict[str, str]]:
+    """Return key, shard and reason of each training picture of a run that could not be decoded."""
+    uri = storage.join(run_uri, QUARANTINE_NAME)
+    pictures: list[dict[str, str]] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else []
+    return pictures
 
 
 def load_checkpoint(checkpoint_uri: str) -> dict[str, Any]:
@@ -176,15 +185,25 @@ def _train_loop_per_worker(config: dict[str, Any]) -> None:
     if newest is not None:
         with newest.as_directory() as directory:
             resume = load_state(directory)
-    for end in train(job, worker, resume):
-        due = (end.epoch + 1) % job.train.checkpoint_every_epochs == 0 or end.epoch + 1 == job.train.epochs
+    for pause in train(job, worker, resume):
         checkpoint = None
-        if due and worker.rank == 0:
-            directory = tempfile.mkdtemp(prefix="eagleray-checkpoint-")
-            save_state(directory, end.state())
-            checkpoint = Checkpoint.from_directory(directory)
-        # The upload runs beside the next epoch; Ray deletes the local copy after it.
-        ray.train.report(end.metrics, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+        if worker.rank == 0:
+            if pause.is_epoch_end and pause.quarantined:
+                storage.write_bytes(storage.join(config["run_uri"], QUARANTINE_NAME), json.dumps(pause.quarantined, indent=1).encode())
+            if not pause.is_epoch_end or _is_checkpoint_due(job, pause.epoch):
+                directory = tempfile.mkdtemp(prefix="eagleray-checkpoint-")
+                save_state(directory, pause.state())
+                checkpoint = Checkpoint.from_directory(directory)
+        # The upload runs beside the next steps; Ray deletes the local copy after it.
+        ray.train.report(pause.metrics or _WITHIN_EPOCH, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+
+
+_WITHIN_EPOCH = {"val_top1": -1.0}
+"""Metrics of a checkpoint within an epoch: never the best, and deleted once there is a newer one."""
+
+
+def _is_checkpoint_due(job: JobConfig, epoch: int) -> bool:
+    return (epoch + 1) % job.train.checkpoint_every_epochs == 0 or epoch + 1 == job.train.epochs
 
 
 class _RunCallback(UserCallback):
@@ -195,6 +214,8 @@ class _RunCallback(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Write one JSON line per epoch, which the driver follows."""
+        if metrics[0] == _WITHIN_EPOCH:
+            return
         with open(self._progress_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics[0]) + "\n")
 

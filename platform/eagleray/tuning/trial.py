@@ -14,7 +14,7 @@ import torch
 
 from eagleray.artifacts.checkpoint import load_state, save_state
 from eagleray.config.load import build_job
-from eagleray.training.loop import EpochEnd, Worker, train
+from eagleray.training.loop import Pause, Worker, train
 from eagleray.training.resources import WorkerResources
 from eagleray.tuning.search_space import apply_values
 
@@ -22,7 +22,7 @@ from eagleray.tuning.search_space import apply_values
 class TrainingTrial(ray.tune.Trainable):
     """Trains a job with one point of its search space, on one worker; reports each epoch."""
 
-    _epochs: Generator[EpochEnd, None, None]
+    _epochs: Generator[Pause, None, None]
 
     def setup(self, config: dict[str, Any], job: dict[str, Any], resources: WorkerResources) -> None:
         self._search_job = build_job(job)
@@ -30,7 +30,7 @@ class TrainingTrial(ray.tune.Trainable):
         self._start(config)
 
     def step(self) -> dict[str, Any]:
-        self._end = next(self._epochs)
+        self._end = next(pause for pause in self._epochs if pause.is_epoch_end)
         is_last_epoch = self._end.epoch + 1 == self._job.train.epochs
         return {**self._end.metrics, "is_last_epoch": is_last_epoch, "done": is_last_epoch}
 

@@ -16,7 +16,7 @@ def make_plan(
     groups, first = [], 0
     while first < num_rows:
         rows = min(rows_per_group, num_rows - first)
-        groups.append(RowGroup(f"shard-{len(groups) // 3:05d}.parquet", len(groups) % 3, first, rows))
+        groups.append(RowGroup(0, f"shard-{len(groups) // 3:05d}.parquet", len(groups) % 3, first, rows))
         first += rows
     return EpochPlan(tuple(groups), batch, lanes, window, seed)
 
@@ -98,3 +98,36 @@ def test_a_rank_reads_little_more_than_its_share() -> None:
         ids = plan.rank_window(0, window, rank=1, world_size=4).sample_ids
         groups_read += len(np.unique(plan.locate(ids.ravel())[0]))
     assert groups_read <= 1.2 * len(plan.row_groups) / 4
+
+
+def make_mixture(weights: tuple[float, ...], sizes: tuple[int, ...] = (300, 100), seed: int = 7) -> EpochPlan:
+    groups, first = [], 0
+    for part, size in enumerate(sizes):
+        for index in range(size // 10):
+            groups.append(RowGroup(part, "shard-00000.parquet", index, first, 10))
+            first += 10
+    return EpochPlan(tuple(groups), 32, 4, 128, seed, weights)
+
+
+def ids_of(plan: EpochPlan, epoch: int) -> np.ndarray:
+    windows = [plan.window(epoch, window) for window in range(plan.num_windows)]
+    return np.concatenate([window.sample_ids[window.is_valid] for window in windows])
+
+
+def test_data_sets_are_mixed_by_weight_and_each_goes_round_evenly() -> None:
+    """0.255 of the first a epoch and 2.5 passes of the second: over 200 epochs no picture comes more than once more than another."""
+    plan = make_mixture((0.255, 2.5))
+    counts = np.zeros(400, int)
+    for epoch in range(200):
+        ids = ids_of(plan, epoch)
+        assert len(ids) == plan.num_rows == 76 + 250
+        assert (ids < 300).sum() == 76
+        counts += np.bincount(ids, minlength=400)
+        assert np.ptp(counts[:300]) <= 1 and np.ptp(counts[300:]) <= 1
+
+
+def test_mixed_batches_hold_both_data_sets_and_are_the_same_for_any_number_of_workers() -> None:
+    plan = make_mixture((1.0, 1.0), sizes=(400, 400))
+    shares = np.concatenate([(plan.window(0, window).sample_ids < 400).mean(axis=1) for window in range(plan.num_windows)])
+    assert shares.min() > 0 and shares.max() < 1
+    assert epoch_hash(plan, 3, 1) == epoch_hash(plan, 3, 4)
