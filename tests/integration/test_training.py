@@ -82,6 +82,26 @@ def test_two_workers_learn_and_the_best_epoch_is_registered(
         api.train(job, name="first")
 
 
+def test_two_workers_learn_with_all_augmentation_on(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    job = digits_job(
+        shards,
+        tmp_path,
+        "data.augment.policy={name: randaugment, num_ops: 1, magnitude: 5}",
+        "data.augment.color_jitter={brightness: 0.2, contrast: 0.2}",
+        "data.augment.erase=0.2",
+        "train.mixup_alpha=0.2",
+        "train.cutmix_alpha=1.0",
+        "train.epochs=6",
+        "data.test=null",
+    )
+    seen: list[dict[str, float]] = []
+    trained = api.train(job, name="augmented", on_epoch=seen.append)
+    assert trained.metrics["val_top1"] > 0.75
+    assert all(metrics["train_samples"] == 480 for metrics in seen)
+    # Mixed pictures are harder than those of the validation split.
+    assert seen[-1]["train_loss"] > seen[-1]["val_loss"]
+
+
 def test_a_killed_worker_loses_nothing(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
     """kill -9 in mid-epoch: the run goes on from its checkpoint, every epoch is accounted for, and all pictures with it."""
     job = digits_job(
@@ -171,7 +191,16 @@ def test_an_error_that_would_only_come_again_ends_the_run_at_once(ray_cluster: C
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
     """Bit for bit, with deterministic kernels: same weights, same losses."""
-    job = digits_job(shards, tmp_path, "train.num_workers=1", "train.deterministic=true", "train.ema_decay=0.9")
+    job = digits_job(
+        shards,
+        tmp_path,
+        "train.num_workers=1",
+        "train.deterministic=true",
+        "train.ema_decay=0.9",
+        "train.mixup_alpha=0.2",
+        "train.cutmix_alpha=1.0",
+        "data.augment.policy=trivialaugment",
+    )
     whole = run(job)
     resumed = run(job, resume=whole[1].state())
     assert [end.epoch for end in resumed] == [2, 3]

@@ -93,8 +93,33 @@ class IngestConfig(Section):
         return self
 
 
+class PolicyConfig(Section):
+    """A random choice among 14 changes of shape and colour, as torchvision's transform of that name makes it."""
+
+    name: Literal["randaugment", "trivialaugment"]
+    """RandAugment (Cubuk et al. 2019, arXiv:1909.13719) or TrivialAugment Wide (Müller & Hutter 2021, arXiv:2103.10158)."""
+
+    num_ops: PositiveInt = 2
+    """Changes in a row, for `randaugment`; `trivialaugment` makes one."""
+
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Strength of every change, for `randaugment`; `trivialaugment` draws it."""
+
+
+class ColorJitterConfig(Section):
+    """Random changes of colour, in random order; each keeps a picture as it is where it is 0."""
+
+    brightness: Annotated[float, Field(ge=0.0)] = 0.0
+    contrast: Annotated[float, Field(ge=0.0)] = 0.0
+    saturation: Annotated[float, Field(ge=0.0)] = 0.0
+    """The factor is drawn from max(0, 1 - value) to 1 + value."""
+
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """The hue is shifted by up to this share of the colour circle, either way."""
+
+
 class AugmentConfig(Section):
-    """Random changes to training pictures; evaluation uses none of them."""
+    """Random changes to training pictures, made in the order of the keys; evaluation uses none of them."""
 
     crop_scale: tuple[PositiveFloat, PositiveFloat] | None = (0.08, 1.0)
     """Share of the picture's area that a random resized crop covers; null: no random crop."""
@@ -104,6 +129,23 @@ class AugmentConfig(Section):
 
     flip: Probability = 0.5
     """Probability of a horizontal flip. Set 0 for digits, text and traffic signs."""
+
+    vertical_flip: Probability = 0.0
+    """Probability of a vertical flip, for pictures without an upside: from above, through a microscope."""
+
+    policy: PolicyConfig | None = None
+    """`randaugment`, `trivialaugment`, or `{name: randaugment, num_ops: 2, magnitude: 9}`; null: neither."""
+
+    color_jitter: ColorJitterConfig | None = None
+    """`{brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.1}`, each 0 by default."""
+
+    erase: Probability = 0.0
+    """Probability of random erasing (Zhong et al. 2017, arXiv:1708.04896): a rectangle is filled with the mean colour."""
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
@@ -221,6 +263,12 @@ class TrainingConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    mixup_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """Mixup (Zhang et al. 2017, arXiv:1710.09412) with weights from Beta(alpha, alpha), one per batch; 0: none."""
+
+    cutmix_alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """CutMix (Yun et al. 2019, arXiv:1905.04899), likewise. With both, each batch gets one of the two at random."""
+
     grad_clip_norm: PositiveFloat | None = None
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay per step of an exponential moving average of the weights; it is what is evaluated and saved as the model."""

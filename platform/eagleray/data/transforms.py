@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eagleray.config.schema import AugmentConfig, DataConfig, Section
+from eagleray.data.augment import alter, erase
 from eagleray.data.decode import crop_and_resize, decode_trusted, resize
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+"""Within 0.01 of zero once normalised."""
 
 
 class Preprocessing(Section):
@@ -71,7 +75,7 @@ def decode_train(
     rng: np.random.Generator,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Decode a picture of a shard with its random crop and flip.
+    """Decode a picture of a shard and change it at random: crop, flips, policy, colour jitter, erasing.
 
     Args:
         data: encoded bytes.
@@ -89,6 +93,11 @@ def decode_train(
     image = crop_and_resize(data, size, box, image_size, out)
     if rng.random() < augment.flip:
         cv2.flip(image, 1, dst=image)
+    if rng.random() < augment.vertical_flip:
+        cv2.flip(image, 0, dst=image)
+    alter(image, augment, rng)
+    if rng.random() < augment.erase:
+        erase(image, _MEAN_COLOUR, rng)
     return image
 
 
@@ -126,7 +135,7 @@ def normalize(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tenso
     """Turn pixels into the model's input, on the device where they are.
 
     Args:
-        images: uint8 [N, S, S, 3].
+        images: uint8 [N, S, S, 3], or float32 in the same range.
 
     Returns:
         float32 [N, 3, S, S] in channels-last memory, normalised by mean and standard deviation.

@@ -30,6 +30,7 @@ from eagleray.data.window import WindowDecoder
 from eagleray.errors import DataError, TrainingError
 from eagleray.models.zoo import build_model
 from eagleray.training.metrics import AccountState, BatchOutput, EpochAccount, TimedBatches, Totals, epoch_metrics, rates
+from eagleray.training.mixing import Mix, draw_mix
 from eagleray.training.recipe import build_ema, build_optimizer, build_schedule, sample_losses
 
 
@@ -128,7 +129,8 @@ def train(  # noqa: PLR0915 - to be read in one piece
         for batch in batches:
             step = steps_done % plan.steps_per_epoch
             _seed_step(job.seed, steps_done, worker.rank)
-            output = forward(replica, batch, job.train.label_smoothing)
+            mix = draw_mix(job.train, batch, [job.seed, epoch, step, worker.rank], worker.device)
+            output = forward(replica, batch, job.train.label_smoothing, mix)
             account.add(step, batch, output)
             # DDP averages gradients over ranks; this makes that average the mean over all samples that count.
             loss = (output.losses * output.is_valid).sum() * worker.world_size / plan.num_valid(step)
@@ -188,11 +190,13 @@ class Forward:
         bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
         self._autocast: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    def __call__(self, network: nn.Module, batch: Batch, label_smoothing: float) -> BatchOutput:
+    def __call__(self, network: nn.Module, batch: Batch, label_smoothing: float, mix: Mix | None = None) -> BatchOutput:
         images, targets, is_valid = (tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.targets, batch.is_valid))
+        if mix is not None:
+            images = mix.images(images)
         with self._autocast:
-            losses, logits = sample_losses(network(normalize(images, self._preprocessing)), targets, label_smoothing)
-        return BatchOutput(losses, logits, targets, is_valid)
+            losses, logits = sample_losses(network(normalize(images, self._preprocessing)), targets, label_smoothing, mix)
+        return BatchOutput(losses, logits, targets if mix is None else mix.dominant(targets), is_valid)
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from eagleray.config.schema import OptimizerConfig, ScheduleConfig, TrainingConfig
+from eagleray.training.mixing import Mix
 
 AUXILIARY_WEIGHT = 0.3
 """Share of each auxiliary head's loss (Szegedy et al. 2014, arXiv:1409.4842, section 5)."""
@@ -58,8 +59,10 @@ def build_ema(model: nn.Module, config: TrainingConfig) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
 
 
-def sample_losses(outputs: Any, targets: torch.Tensor, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_losses(outputs: Any, targets: torch.Tensor, label_smoothing: float, mix: Mix | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (cross-entropy of each sample float [B], main logits [B, C]); auxiliary heads count if there are any."""
     heads = [head for head in outputs if head is not None] if isinstance(outputs, tuple) else [outputs]
+    if mix is not None:
+        targets = mix.probabilities(targets, heads[0].shape[1])
     losses = [nn.functional.cross_entropy(head, targets, reduction="none", label_smoothing=label_smoothing) for head in heads]
     return losses[0] + AUXILIARY_WEIGHT * sum(losses[1:], torch.zeros_like(losses[0])), heads[0]
