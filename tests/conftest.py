@@ -24,7 +24,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "integra
 
 @dataclass(frozen=True)
 class S3Store:
-    """A running store, seen through a proxy that can misbehave; `bucket_uri` is a bucket of the test's own."""
+    """A running store, seen through a proxy that can misbehave; `bucket_uri` is a place in its bucket of the test's own."""
 
     server: LocalS3
     proxy: S3Proxy
@@ -43,16 +43,17 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[L
 
 
 @pytest.fixture(scope="session")
-def _s3_server(s3_environment: tuple[LocalS3, S3Proxy]) -> Iterator[LocalS3]:
+def _s3_bucket(s3_environment: tuple[LocalS3, S3Proxy]) -> Iterator[str]:
+    # One for all tests: each bucket takes 7 of the store's 100 volumes.
     with s3_environment[0] as server:
-        yield server
+        yield server.create_bucket("tests")
 
 
 @pytest.fixture
-def s3_store(_s3_server: LocalS3, s3_environment: tuple[LocalS3, S3Proxy]) -> S3Store:
-    """The session's SeaweedFS, with a fresh bucket."""
-    proxy = s3_environment[1]
-    return S3Store(_s3_server, proxy, proxy.endpoint, _s3_server.create_bucket(f"test-{secrets.token_hex(6)}"))
+def s3_store(_s3_bucket: str, s3_environment: tuple[LocalS3, S3Proxy]) -> S3Store:
+    """The session's SeaweedFS, with a fresh place in its bucket."""
+    server, proxy = s3_environment
+    return S3Store(server, proxy, proxy.endpoint, f"{_s3_bucket}/{secrets.token_hex(6)}")
 
 
 @pytest.fixture(scope="session")
