@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from integration.s3_proxy import S3Proxy
 
 from eagleray.cluster.connect import Connection, connected, prepare_environment
 from eagleray.cluster.local_s3 import LocalS3
@@ -23,37 +24,40 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "integra
 
 @dataclass(frozen=True)
 class S3Store:
-    """A running store; `bucket_uri` is a bucket of the test's own."""
+    """A running store, seen through a proxy that can misbehave; `bucket_uri` is a place in its bucket of the test's own."""
 
     server: LocalS3
+    proxy: S3Proxy
     endpoint: str
     bucket_uri: str
 
 
 @pytest.fixture(scope="session")
-def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalS3, S3Proxy]]:
     """Put the S3 store's address and keys into the environment, before Ray starts and its workers inherit it."""
     server = LocalS3(tmp_path_factory.mktemp("s3"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
+    with pytest.MonkeyPatch.context() as patch, S3Proxy(server.endpoint) as proxy:
+        for name, value in {**server.environment(), "AWS_ENDPOINT_URL": proxy.endpoint}.items():
             patch.setenv(name, value)
-        yield server
+        yield server, proxy
 
 
 @pytest.fixture(scope="session")
-def _s3_server(s3_environment: LocalS3) -> Iterator[LocalS3]:
-    with s3_environment:
-        yield s3_environment
+def _s3_bucket(s3_environment: tuple[LocalS3, S3Proxy]) -> Iterator[str]:
+    # One for all tests: each bucket takes 7 of the store's 100 volumes.
+    with s3_environment[0] as server:
+        yield server.create_bucket("tests")
 
 
 @pytest.fixture
-def s3_store(_s3_server: LocalS3) -> S3Store:
-    """The session's SeaweedFS, with a fresh bucket."""
-    return S3Store(_s3_server, _s3_server.endpoint, _s3_server.create_bucket(f"test-{secrets.token_hex(6)}"))
+def s3_store(_s3_bucket: str, s3_environment: tuple[LocalS3, S3Proxy]) -> S3Store:
+    """The session's SeaweedFS, with a fresh place in its bucket."""
+    server, proxy = s3_environment
+    return S3Store(server, proxy, proxy.endpoint, f"{_s3_bucket}/{secrets.token_hex(6)}")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_environment: LocalS3) -> Iterator[Connection]:
+def ray_cluster(s3_environment: tuple[LocalS3, S3Proxy]) -> Iterator[Connection]:
     """The session's Ray: two logical CPUs, as on the smallest machine."""
     with connected(num_cpus=2) as connection:
         yield connection

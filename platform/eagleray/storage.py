@@ -1,29 +1,56 @@
-"""One URI in, a pyarrow filesystem out; and the two writes that pyarrow does not have.
+"""One URI in, a pyarrow filesystem out; retries of what passes, and the two writes that pyarrow does not have.
 
 `file:///path`, a plain path and `s3://bucket/key` are understood. S3 credentials, region and
 endpoint come from the environment or the AWS configuration files (`AWS_ACCESS_KEY_ID`,
 `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`), never from a job file.
+
+Retries are in two layers. The S3 clients repeat a single request that meets a 5xx, throttling, a broken
+connection or silence, twice at most. `retrying` repeats the whole operation, with a new client and credentials
+read anew, for what outlasts that. An operation without any progress ends in an error after
+`RETRY_FOR_S` and one last try: within 100 s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
+import secrets
 import tempfile
+import time
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from eagleray.errors import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import pyarrow.fs as pafs
 
 SCHEMES = ("file", "s3")
+
+CONNECT_TIMEOUT_S = 5.0
+SILENCE_TIMEOUT_S = 10.0
+"""A request that gets no byte for so long is given up."""
+
+REQUEST_TRIES = 2
+"""Tries of a single request, by the S3 client."""
+
+RETRY_FOR_S = 60.0
+"""No new try of an operation begins after this time."""
+
+RENEW_FOR_S = 10.0
+"""The same, where the store says that the credentials have expired: new ones may be about to be written."""
+
+FIRST_DELAY_S = 0.2
+MAX_DELAY_S = 5.0
+"""The longest pause before the next try doubles from the first to this; it is drawn from zero up (full jitter)."""
+
+T = TypeVar("T")
 
 
 def normalize_uri(uri: str | Path) -> str:
@@ -83,7 +110,11 @@ def _s3_filesystem(uri: str) -> pafs.FileSystem:
             "(and AWS_ENDPOINT_URL for a store that is not AWS), or run `aws configure`"
         )
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {"retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=5)}
+    options: dict[str, Any] = {
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=REQUEST_TRIES),
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "request_timeout": SILENCE_TIMEOUT_S,  # on Linux the time without a byte, whatever its documentation says
+    }
     if endpoint:
         address = urlsplit(endpoint)
         options |= {"endpoint_override": address.netloc, "scheme": address.scheme}
@@ -109,9 +140,69 @@ def _s3_client() -> Any:
     from botocore.config import Config
 
     session = _boto_session()
-    return session.client(
-        "s3", region_name=session.region_name or "us-east-1", config=Config(retries={"max_attempts": 5, "mode": "standard"})
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S, read_timeout=SILENCE_TIMEOUT_S, retries={"total_max_attempts": REQUEST_TRIES, "mode": "standard"}
     )
+    return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+
+
+def retrying(uri: str, action: str, operation: Callable[[], T], before_retry: Callable[[], object] = lambda: None) -> T:
+    """Return what `operation` returns, tried again with pauses while it meets errors of the store that pass.
+
+    Args:
+        operation: repeatable as a whole; it gets its client from `open_uri`, so that a retry has new credentials.
+        before_retry: called before every further try.
+
+    Raises:
+        StorageError: the store did not recover within `RETRY_FOR_S`, or the credentials have expired.
+        Exception: what `operation` raises otherwise.
+    """
+    start, delay = time.monotonic(), FIRST_DELAY_S
+    while True:
+        try:
+            return operation()
+        except Exception as error:
+            patience = RENEW_FOR_S if _is_expired(error) else RETRY_FOR_S if _passes(error) else None
+            if patience is None:
+                raise
+            if time.monotonic() - start > patience:
+                raise StorageError(f"'{uri}': could not {action}: {reason(error)}") from error
+        time.sleep(random.uniform(0, delay))
+        delay = min(2 * delay, MAX_DELAY_S)
+        before_retry()
+
+
+_PASSING = (
+    *(
+        "SLOW_DOWN",
+        "SlowDown",
+        "THROTTLING",
+        "Throttling",
+        "SERVICE_UNAVAILABLE",
+        "ServiceUnavailable",
+        "INTERNAL_FAILURE",
+        "InternalError",
+    ),
+    *("REQUEST_TIMEOUT", "RequestTimeout", "NETWORK_CONNECTION", "ConditionalRequestConflict", "HTTP status 429", "HTTP status 5"),
+)
+"""What pyarrow, in capitals, and S3 itself call them; pyarrow gives nothing but its text."""
+
+
+def _passes(error: Exception) -> bool:
+    from botocore.exceptions import ClientError, HTTPClientError
+
+    if isinstance(error, ClientError) and error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+        return True
+    return isinstance(error, (HTTPClientError, ShortRead)) or any(mark in str(error) for mark in _PASSING)
+
+
+def _is_expired(error: Exception) -> bool:
+    # Without a body, as after HEAD, or with one that pyarrow does not understand, only the status is left.
+    return any(mark in str(error) for mark in ("ExpiredToken", "UNKNOWN (HTTP status 400)", "UNKNOWN (HTTP status 403)"))
+
+
+class ShortRead(OSError):
+    """Fewer bytes came than the store had announced."""
 
 
 @contextmanager
@@ -127,11 +218,23 @@ def _explained(uri: str, action: str) -> Iterator[None]:
     except PermissionError as error:
         raise StorageError(f"'{uri}': permission denied while trying to {action}; check your rights there") from error
     except (OSError, pa.ArrowException, BotoCoreError, ClientError) as error:
-        raise StorageError(f"'{uri}': could not {action}: {_reason(error)}") from error
+        raise StorageError(f"'{uri}': could not {action}: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _run(uri: str, action: str, operation: Callable[[pafs.FileSystem, str], T]) -> T:
+    """Call `operation` with the filesystem of `uri` and the path within it; retried, and its errors explained."""
+    with _explained(uri, action):
+        return retrying(uri, action, lambda: operation(*open_uri(uri)))
+
+
+def reason(error: Exception) -> str:
+    """Return in one line what `error` of a store means and what to do, or its own words."""
     text = " ".join(str(error).split())
+    if _is_expired(error):
+        return (
+            "the store refuses the credentials as expired; renew them (in ~/.aws/credentials they are picked up while a job runs, "
+            "in AWS_* variables by the next one), then start again or resume"
+        )
     for mark, advice in (
         ("NoSuchBucket", "the bucket does not exist; create it or correct the name"),
         ("NO_SUCH_BUCKET", "the bucket does not exist; create it or correct the name"),
@@ -143,6 +246,10 @@ def _reason(error: Exception) -> str:
     ):
         if mark in text:
             return advice
+    if _passes(error):
+        return (
+            f"the store does not answer as it should ({text[:200]}); check that it is up and AWS_ENDPOINT_URL, then start again or resume"
+        )
     return text[:300]
 
 
@@ -163,21 +270,19 @@ def check_access(uri: str) -> None:
         _s3_client().head_bucket(Bucket=bucket)
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        reason = {
+        meaning = {
             404: f"the bucket '{bucket}' does not exist; create it or correct the name",
             403: f"access to the bucket '{bucket}' was denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL",
-        }.get(int(status or 0), _reason(error))
-        raise StorageError(f"'{uri}': {reason}") from error
+        }.get(int(status or 0), reason(error))
+        raise StorageError(f"'{uri}': {meaning}") from error
     except BotoCoreError as error:
-        raise StorageError(f"'{uri}': the S3 store does not answer ({_reason(error)}); check AWS_ENDPOINT_URL and the network") from error
+        raise StorageError(f"'{uri}': the S3 store does not answer ({reason(error)}); check AWS_ENDPOINT_URL and the network") from error
 
 
 def exists(uri: str) -> bool:
     import pyarrow.fs as pafs
 
-    filesystem, path = open_uri(uri)
-    with _explained(uri, "look it up"):
-        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    return _run(uri, "look it up", lambda filesystem, path: bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound))
 
 
 def list_files(uri: str) -> list[str]:
@@ -189,28 +294,37 @@ def list_files_with_sizes(uri: str) -> list[tuple[str, int]]:
     """Return (URI, size in bytes) of all files under `uri`, sorted; empty where there is nothing."""
     import pyarrow.fs as pafs
 
-    filesystem, path = open_uri(uri)
     prefix = "" if is_local(uri) else "s3://"
-    with _explained(uri, "list it"):
-        infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    infos = _run(
+        uri,
+        "list it",
+        lambda filesystem, path: filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)),
+    )
     return sorted((prefix + info.path, info.size) for info in infos if info.is_file)
 
 
 def read_bytes(uri: str) -> bytes:
-    filesystem, path = open_uri(uri)
-    with _explained(uri, "read it"), filesystem.open_input_file(path) as file:
-        return bytes(file.read())
+    def read(filesystem: pafs.FileSystem, path: str) -> bytes:
+        with filesystem.open_input_file(path) as file:
+            data = bytes(file.read())
+            if len(data) != file.size():
+                raise ShortRead(f"{len(data)} of {file.size()} bytes came")
+            return data
+
+    return _run(uri, "read it", read)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write `data` to `uri` so that a reader sees the old bytes or the new, never a part."""
-    filesystem, path = open_uri(uri)
-    with _explained(uri, "write it"):
+
+    def write(filesystem: pafs.FileSystem, path: str) -> None:
         if is_local(uri):
             os.replace(_temporary_sibling(path, data), path)
         else:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(data)
+
+    _run(uri, "write it", write)
 
 
 def write_bytes_if_absent(uri: str, data: bytes) -> bool:
@@ -229,17 +343,25 @@ def write_bytes_if_absent(uri: str, data: bytes) -> bool:
             finally:
                 os.unlink(temporary)
             return True
+    writer = secrets.token_hex(16)
+    with _explained(uri, "write it"):
+        return retrying(uri, "write it", lambda: _put_if_absent(normal, data, writer))
+
+
+def _put_if_absent(uri: str, data: bytes, writer: str) -> bool:
     from botocore.exceptions import ClientError
 
-    parts = urlsplit(normal)
-    with _explained(uri, "write it"):
-        try:
-            _s3_client().put_object(Bucket=parts.netloc, Key=parts.path.lstrip("/"), Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-                return False
+    parts = urlsplit(uri)
+    place = {"Bucket": parts.netloc, "Key": parts.path.lstrip("/")}
+    client = _s3_client()
+    try:
+        client.put_object(**place, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") not in ("PreconditionFailed", "412"):
             raise
-        return True
+        # A first try may have been ours, its answer lost on the way.
+        return bool(client.head_object(**place)["Metadata"].get("writer") == writer)
+    return True
 
 
 def _temporary_sibling(path: str, data: bytes) -> str:
@@ -257,29 +379,32 @@ def _temporary_sibling(path: str, data: bytes) -> str:
 
 
 def delete_file(uri: str) -> None:
-    filesystem, path = open_uri(uri)
-    with _explained(uri, "delete it"):
-        filesystem.delete_file(path)
+    _run(uri, "delete it", lambda filesystem, path: filesystem.delete_file(path))
 
 
 def delete_tree(uri: str) -> None:
     """Delete `uri` and all below it; nothing happens where there is nothing."""
-    filesystem, path = open_uri(uri)
     if exists(uri):
-        with _explained(uri, "delete it"):
-            filesystem.delete_dir(path)
+        _run(uri, "delete it", lambda filesystem, path: filesystem.delete_dir(path))
 
 
 def copy_tree(source_uri: str, target_uri: str) -> None:
     """Copy all files under `source_uri` to `target_uri`."""
     import pyarrow.fs as pafs
 
-    source, source_path = open_uri(source_uri)
-    target, target_path = open_uri(target_uri)
-    with _explained(target_uri, f"copy '{source_uri}' there"):
+    def copy(target: pafs.FileSystem, target_path: str) -> None:
+        source, source_path = open_uri(source_uri)
         target.create_dir(target_path, recursive=True)
         pafs.copy_files(source_path, target_path, source_filesystem=source, destination_filesystem=target)
+
+    _run(target_uri, f"copy '{source_uri}' there", copy)
 
 
 def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(filesystem: pafs.FileSystem, path: str) -> str:
+    """Return the checksum of a file that need not fit into memory."""
+    with filesystem.open_input_stream(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

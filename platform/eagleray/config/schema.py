@@ -192,6 +192,15 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = 0.001
     """A run stops when more than this share of an epoch's pictures cannot be decoded."""
 
+    verify_checksums: bool = False
+    """Compare each shard's sha256 with the manifest when a process first reads from it; reads all of the shard."""
+
+    cache_dir: str | None = None
+    """Folder on each node's disk that keeps what was read from S3 for the next epochs; null: none."""
+
+    cache_bytes: PositiveInt = 100_000_000_000
+    """What `cache_dir` may hold, over all processes of a node; the least recently used goes first."""
+
     @property
     def train_parts(self) -> tuple[MixturePart, ...]:
         return (MixturePart(uri=self.train),) if isinstance(self.train, str) else tuple(self.train)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eagleray import storage
+from eagleray.config.schema import DataConfig
+from eagleray.data.cache import PARQUET_OPTIONS, RowGroupCache
 from eagleray.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -111,11 +114,11 @@ def load_manifest(uri: str) -> Manifest:
 def encode_shard(path: str, rows: list[dict[str, Any]], row_group_bytes: int, classes: list[str]) -> tuple[bytes, ShardInfo]:
     """Return the bytes of a shard and its entry in the manifest.
 
-    Pictures are compressed already, so that pages are stored plain.
+    Pictures are compressed already, so that pages are stored plain. Each page has a checksum.
     """
     sink = io.BytesIO()
     row_group_rows: list[int] = []
-    with pq.ParquetWriter(sink, SHARD_SCHEMA, compression="none", use_dictionary=False, write_statistics=False) as writer:
+    with pq.ParquetWriter(sink, SHARD_SCHEMA, **PARQUET_OPTIONS) as writer:
         for group in _row_groups(rows, row_group_bytes):
             writer.write_table(pa.Table.from_pylist(group, schema=SHARD_SCHEMA), row_group_size=len(group))
             row_group_rows.append(len(group))
@@ -147,28 +150,92 @@ def _row_groups(rows: list[dict[str, Any]], row_group_bytes: int) -> list[list[d
     return [group for group in groups if group]
 
 
-def read_row_groups(dataset_uri: str, shard_path: str, row_groups: list[int]) -> list[pa.Table]:
+@dataclass(frozen=True)
+class ReadOptions:
+    """What is known of the shards and how they are read; by default nothing is known beyond their own checksums.
+
+    Attributes:
+        shards: path of a shard → (size in bytes, sha256) by the manifest.
+        verify_checksums: compare the sha256 when a process first reads from a shard.
+        cache: keeps row groups read from S3; None: none.
+    """
+
+    shards: dict[str, tuple[int, str]] = field(default_factory=dict)
+    verify_checksums: bool = False
+    cache: RowGroupCache | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest, config: DataConfig) -> ReadOptions:
+        shards = {shard.path: (shard.size_bytes, shard.sha256) for shard in manifest.shards}
+        cache = RowGroupCache(config.cache_dir, config.cache_bytes) if config.cache_dir is not None else None
+        return cls(shards, config.verify_checksums, cache)
+
+
+def read_row_groups(dataset_uri: str, shard_path: str, row_groups: list[int], options: ReadOptions = ReadOptions()) -> list[pa.Table]:
     """Read row groups of one shard (range reads) as tables of `SHARD_SCHEMA`, in the order asked for.
 
-    Not to be called for one shard from several threads at once.
+    What does not match its checksum is read once more, since it may have been damaged on the way. Not to be
+    called for one shard from several threads at once.
 
     Raises:
-        DataError: the shard is missing or damaged; names it.
+        DataError: the shard is missing, damaged or another one; names it.
+        StorageError: the store does not answer, or the credentials have expired; see `storage.retrying`.
     """
     uri = storage.join(dataset_uri, shard_path)
+    size_bytes, sha256 = options.shards.get(shard_path, (None, ""))
+    cache = options.cache if sha256 and not storage.is_local(uri) else None
+
+    def read(row_group: int) -> pa.Table:
+        if cache is not None and (table := cache.get(sha256, row_group, SHARD_SCHEMA)) is not None:
+            return table
+        table = _read_row_group(uri, row_group, size_bytes, sha256 if options.verify_checksums else "")
+        if cache is not None:
+            cache.put(sha256, row_group, table)
+        return table
+
     try:
-        shard = _open_shard(uri)
-        return [shard.read_row_group(row_group, use_threads=False) for row_group in row_groups]
+        return [read(row_group) for row_group in row_groups]
     except FileNotFoundError:
-        raise DataError(f"'{uri}': the shard is missing though the manifest lists it; ingest again") from None
-    except (pa.ArrowException, OSError, IndexError) as error:
         _open_shard.cache_clear()
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"'{uri}': cannot be read ({reason}); run `eagleray data verify {dataset_uri}`") from error
+        raise DataError(f"'{uri}': the shard is missing though the manifest lists it; ingest again") from None
+    except _UNREADABLE as error:
+        raise DataError(f"'{uri}': cannot be read ({storage.reason(error)[:200]}); run `eagleray data verify {dataset_uri}`") from error
+
+
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, IndexError)
+"""What pyarrow raises on damaged files; hostile bytes meet many of its checks."""
+
+
+def _read_row_group(uri: str, row_group: int, size_bytes: int | None, sha256: str) -> pa.Table:
+    def read() -> pa.Table:
+        table = _open_shard(uri, size_bytes, sha256).read_row_group(row_group, use_threads=False)
+        if table.schema != SHARD_SCHEMA:
+            raise pa.ArrowInvalid("its columns are not those of a shard")
+        return table
+
+    def attempt() -> pa.Table:
+        # An open file may have old credentials, or be of a shard that was replaced.
+        return storage.retrying(uri, "read it", read, before_retry=_open_shard.cache_clear)
+
+    try:
+        return attempt()
+    except FileNotFoundError:
+        raise
+    except _UNREADABLE:
+        _open_shard.cache_clear()
+        return attempt()
 
 
 @lru_cache(maxsize=64)
-def _open_shard(uri: str) -> pq.ParquetFile:
-    # A reader keeps its state between reads and is not thread-safe; see read_row_groups.
+def _open_shard(uri: str, size_bytes: int | None, sha256: str) -> pq.ParquetFile:
+    """Open a shard and compare it with the manifest, as far as that is given.
+
+    A reader keeps its state between reads and is not thread-safe; see `read_row_groups`.
+    """
     filesystem, path = storage.open_uri(uri)
-    return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+    file = filesystem.open_input_file(path)
+    if size_bytes is not None and file.size() != size_bytes:
+        raise pa.ArrowInvalid(f"it has {file.size()} bytes, {size_bytes} by the manifest")
+    if sha256 and storage.sha256_of_file(filesystem, path) != sha256:
+        raise pa.ArrowInvalid("its sha256 is not that of the manifest")
+    return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
