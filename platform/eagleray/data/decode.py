@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from eagleray.data.jpeg import Box, cut, read_header, with_size
+from eagleray.data.jpeg import Box, Encoded, cut, read_header, with_size
 from eagleray.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
-def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
+def image_size(data: Encoded, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """Return (width, height) in pixels as displayed, from the header alone.
 
     Raises:
@@ -56,7 +56,7 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, 
     return (height, width) if orientation in _TURNED else (width, height)
 
 
-def exif_orientation(data: bytes) -> int:
+def exif_orientation(data: Encoded) -> int:
     """Return how EXIF says that a picture is turned or mirrored, 1 (not at all) to 8; 1 too where it cannot be read."""
     from PIL import Image
 
@@ -72,7 +72,7 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(_EXIF_ORIENTATION, 1)) if "exif" in image.info else 1
 
 
-def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+def decode_rgb(data: Encoded, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode a picture nobody has looked at yet.
 
     Returns:
@@ -85,7 +85,7 @@ def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.
     return decode_trusted(data)
 
 
-def decode_trusted(data: bytes) -> NDArray[np.uint8]:
+def decode_trusted(data: Encoded) -> NDArray[np.uint8]:
     """Decode a picture whose header was checked at ingest.
 
     Returns:
@@ -97,7 +97,21 @@ def decode_trusted(data: bytes) -> NDArray[np.uint8]:
     return _decode_opencv(data, reduction=1)
 
 
-def crop_and_resize(data: bytes, size: tuple[int, int], box: Box, target: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+def check_size(data: Encoded, size: tuple[int, int]) -> None:
+    """Compare a picture's header with the (width, height) that a shard says, before anything of it is decoded.
+
+    Raises:
+        DataError: they differ; the picture may be a decompression bomb.
+    """
+    _compare_size(image_size(data), size)
+
+
+def _compare_size(found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise DataError(f"{found[0]}x{found[1]} pixels, the shard says {expected[0]}x{expected[1]}")
+
+
+def crop_and_resize(data: Encoded, size: tuple[int, int], box: Box, target: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """Return `box` of a picture as a square, decoding only what it needs.
 
     Of a tiled JPEG (see `tiling`) only the tiles under the box are decoded, of another one all down to the
@@ -167,13 +181,13 @@ def _span(start: int, length: int, reduction: int, limit: int) -> slice:
     return slice(first, max(first + 1, min(round((start + length) / reduction), limit)))
 
 
-def _decode_part(data: bytes, size: tuple[int, int], box: Box, reduction: int) -> tuple[NDArray[np.uint8], int, int]:
+def _decode_part(data: Encoded, size: tuple[int, int], box: Box, reduction: int) -> tuple[NDArray[np.uint8], int, int]:
     """Decode at least `box` of a picture, at 1/`reduction` of its size; also return the place (left, top) of the first pixel."""
     header = read_header(data)
     if header is None or header.has_exif:
-        _check_size(image_size(data), size)
+        check_size(data, size)
         return _decode_opencv(data, reduction), 0, 0
-    _check_size((header.width, header.height), size)
+    _compare_size((header.width, header.height), size)
     _check_end(data)
     if header.tiles_per_row:
         tiles = cut(data, header, box)
@@ -188,12 +202,7 @@ def _decode_part(data: bytes, size: tuple[int, int], box: Box, reduction: int) -
     return _decode_jpeg(with_size(data, header, header.width, height), header.width, height, reduction), 0, 0
 
 
-def _check_size(found: tuple[int, int], expected: tuple[int, int]) -> None:
-    if found != expected:
-        raise DataError(f"{found[0]}x{found[1]} pixels, the shard says {expected[0]}x{expected[1]}")
-
-
-def _decode_jpeg(data: bytes, width: int, height: int, reduction: int) -> NDArray[np.uint8]:
+def _decode_jpeg(data: Encoded, width: int, height: int, reduction: int) -> NDArray[np.uint8]:
     try:
         # Not strict: the rest of the data may be left over.
         return simplejpeg.decode_jpeg(  # type: ignore[no-any-return]
@@ -203,7 +212,7 @@ def _decode_jpeg(data: bytes, width: int, height: int, reduction: int) -> NDArra
         raise DataError(f"cannot be decoded ({' '.join(str(error).split())[:100]})") from None
 
 
-def _decode_opencv(data: bytes, reduction: int) -> NDArray[np.uint8]:
+def _decode_opencv(data: Encoded, reduction: int) -> NDArray[np.uint8]:
     if data[:2] == b"\xff\xd8":
         _check_end(data)
     try:
@@ -215,6 +224,6 @@ def _decode_opencv(data: bytes, reduction: int) -> NDArray[np.uint8]:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # type: ignore[return-value]
 
 
-def _check_end(data: bytes) -> None:
-    if b"\xff\xd9" not in data[-64:]:
+def _check_end(data: Encoded) -> None:
+    if b"\xff\xd9" not in bytes(data[-64:]):
         raise DataError("truncated JPEG (no end marker)")  # decoders would fill the rest with grey

@@ -24,6 +24,9 @@ RESTART_INTERVAL = 0xDD
 SCAN = 0xDA
 
 
+Encoded = bytes | memoryview
+"""A picture as it is stored."""
+
 Box = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
 
@@ -66,7 +69,7 @@ class JpegHeader:
         return self.columns // interval if interval and self.columns % interval == 0 else 0
 
 
-def read_header(data: bytes) -> JpegHeader | None:
+def read_header(data: Encoded) -> JpegHeader | None:
     """Return the header of a JPEG; None where it is of another kind (progressive, CMYK, …) or damaged."""
     if data[:2] != START:
         return None
@@ -97,7 +100,7 @@ def read_header(data: bytes) -> JpegHeader | None:
     return None
 
 
-def cut(data: bytes, header: JpegHeader, box: Box) -> tuple[bytes, Box] | None:
+def cut(data: Encoded, header: JpegHeader, box: Box) -> tuple[bytes, Box] | None:
     """Return the tiles of a tiled JPEG that cover `box`, as a JPEG of their own.
 
     Returns:
@@ -129,7 +132,7 @@ def cut(data: bytes, header: JpegHeader, box: Box) -> tuple[bytes, Box] | None:
     return with_size(data[: header.scan], header, width, height) + compressed, (left, top, width, height)
 
 
-def with_size(data: bytes, header: JpegHeader, width: int, height: int) -> bytes:
+def with_size(data: Encoded, header: JpegHeader, width: int, height: int) -> bytes:
     """Return a JPEG, or its beginning, with another size in its header."""
     place = header.frame + 5
     return b"".join((data[:place], height.to_bytes(2, "big"), width.to_bytes(2, "big"), data[place + 4 :]))
@@ -138,7 +141,7 @@ def with_size(data: bytes, header: JpegHeader, width: int, height: int) -> bytes
 _COUNT = (np.arange(65536) % 8).astype(np.uint8)
 
 
-def _tile_starts(data: bytes, header: JpegHeader) -> NDArray[np.int64]:
+def _tile_starts(data: Encoded, header: JpegHeader) -> NDArray[np.int64]:
     """Return the place of each tile's first byte, and of the byte behind the last tile's end marker."""
     whole = np.frombuffer(data, np.uint8)
     escapes = np.flatnonzero(whole[header.scan : -2] == 0xFF) + header.scan

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from eagleray.config.schema import AugmentConfig, DataConfig, Section
 from eagleray.data.augment import alter, erase
-from eagleray.data.decode import crop_and_resize, decode_trusted, resize
+from eagleray.data.decode import check_size, crop_and_resize, decode_trusted, resize
+from eagleray.data.jpeg import Encoded
 
 if TYPE_CHECKING:
     import torch
@@ -62,13 +63,24 @@ def eval_image(rgb: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[
     return np.ascontiguousarray(resized[top : top + size, left : left + size])
 
 
-def decode_eval(data: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Decode a picture of a shard for evaluation; returns uint8 [S, S, 3]. Raises DataError if damaged."""
+def decode_eval(data: Encoded, size: tuple[int, int], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode a picture of a shard for evaluation.
+
+    Args:
+        size: (width, height) in pixels by the shard.
+
+    Returns:
+        uint8 [S, S, 3] with S = `preprocessing.image_size`.
+
+    Raises:
+        DataError: damaged, truncated, or of another size.
+    """
+    check_size(data, size)
     return eval_image(decode_trusted(data), preprocessing)
 
 
 def decode_train(
-    data: bytes,
+    data: Encoded,
     size: tuple[int, int],
     augment: AugmentConfig,
     image_size: int,

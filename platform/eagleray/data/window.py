@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from eagleray import storage
 from eagleray.config.schema import AugmentConfig
 from eagleray.data.plan import EpochPlan
-from eagleray.data.shards import read_row_groups
+from eagleray.data.shards import ReadOptions, read_row_groups
 from eagleray.data.transforms import Preprocessing, decode_eval, decode_train
 from eagleray.errors import DataError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-BLOCK_BYTES = 8_000_000
+BLOCK_BYTES = 32_000_000
 """Pixels per block: large enough to hide Ray's cost per block, small enough for a quick first batch."""
 
 READ_THREADS = 8
@@ -53,6 +51,8 @@ class WindowDecoder:
     preprocessing: Preprocessing
     augment: AugmentConfig | None
     threads: int = 1
+    read_options: tuple[ReadOptions, ...] = ()
+    """Of the plan's data sets; empty: the defaults."""
 
     def blocks(self, epoch: int, window: int, rank: int, world_size: int, first_step: int = 0) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield blocks of whole batches, in order, from `first_step` of the window on.
@@ -62,23 +62,23 @@ class WindowDecoder:
         """
         steps = self.plan.rank_window(epoch, window, rank, world_size)
         sample_ids, is_valid = steps.sample_ids[first_step:], steps.is_valid[first_step:]
-        tables = self._read(np.unique(self.plan.locate(sample_ids.ravel())[0]))
+        pictures = self._read(np.unique(self.plan.locate(sample_ids.ravel())[0]))
         steps_per_block = self._steps_per_block(world_size)
         cv2.setNumThreads(1)  # pictures are decoded side by side instead
         with ThreadPoolExecutor(self.threads) as pool:
             for start in range(0, len(sample_ids), steps_per_block):
                 stop = start + steps_per_block
-                yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, tables, pool)
+                yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, pictures, pool)
 
     def explain(self, sample_id: int) -> dict[str, str]:
         """Return the `key`, `shard` and `reason` of a picture that could not be decoded."""
         place, row = (int(found[0]) for found in self.plan.locate(np.array([sample_id])))
         group = self.plan.row_groups[place]
-        table = read_row_groups(self.uris[group.part], group.shard_path, [group.index])[0]
+        table = self._read_shard(group.part, group.shard_path, [group.index])[0]
         size = self.preprocessing.image_size
         reason = "cannot be decoded"
         try:
-            self._image(table, row, 0, sample_id, np.empty((size, size, 3), np.uint8))
+            self._image(_Pictures(table), row, 0, sample_id, np.empty((size, size, 3), np.uint8))
         except DataError as error:
             reason = str(error)
         return {"key": table["key"][row].as_py(), "shard": storage.join(self.uris[group.part], group.shard_path), "reason": reason}
@@ -93,26 +93,33 @@ class WindowDecoder:
     def _step_bytes(self, world_size: int) -> int:
         return self.plan.global_batch_size // world_size * self.preprocessing.image_size**2 * 3
 
-    def _read(self, groups: NDArray[np.int64]) -> dict[int, pa.Table]:
+    def _read_shard(self, part: int, path: str, row_groups: list[int]) -> list[pa.Table]:
+        return read_row_groups(self.uris[part], path, row_groups, self.read_options[part] if self.read_options else ReadOptions())
+
+    def _read(self, groups: NDArray[np.int64]) -> dict[int, _Pictures]:
         by_shard: dict[tuple[int, str], list[int]] = {}
         for group in groups.tolist():
             row_group = self.plan.row_groups[group]
             by_shard.setdefault((row_group.part, row_group.shard_path), []).append(group)
 
         def read(shard: tuple[int, str]) -> list[pa.Table]:
-            part, path = shard
-            return read_row_groups(self.uris[part], path, [self.plan.row_groups[group].index for group in by_shard[shard]])
+            return self._read_shard(*shard, [self.plan.row_groups[group].index for group in by_shard[shard]])
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
             tables = pool.map(read, by_shard)
             return {
-                group: table
+                group: _Pictures(table)
                 for part, read_part in zip(by_shard.values(), tables, strict=True)
                 for group, table in zip(part, read_part, strict=True)
             }
 
     def _decode(
-        self, sample_ids: NDArray[np.int64], is_valid: NDArray[np.bool_], epoch: int, tables: dict[int, pa.Table], pool: ThreadPoolExecutor
+        self,
+        sample_ids: NDArray[np.int64],
+        is_valid: NDArray[np.bool_],
+        epoch: int,
+        pictures: dict[int, _Pictures],
+        pool: ThreadPoolExecutor,
     ) -> dict[str, NDArray[Any]]:
         size = self.preprocessing.image_size
         images = np.empty((len(sample_ids), size, size, 3), np.uint8)
@@ -122,21 +129,36 @@ class WindowDecoder:
 
         def decode(start: int) -> None:
             for i in range(start, min(start + CHUNK, len(sample_ids))):
-                table, row = tables[groups[i]], rows[i]
-                labels[i] = table["label"][row].as_py()
+                part, row = pictures[groups[i]], rows[i]
+                labels[i] = part.labels[row]
                 try:
-                    self._image(table, row, epoch, int(sample_ids[i]), images[i])
+                    self._image(part, row, epoch, int(sample_ids[i]), images[i])
                 except DataError:
                     images[i], is_bad[i] = _GREY, True
 
         list(pool.map(decode, range(0, len(sample_ids), CHUNK)))
         return {"image": images, "label": labels, "sample_id": sample_ids, "is_valid": is_valid & ~is_bad, "is_bad": is_bad & is_valid}
 
-    def _image(self, table: pa.Table, row: int, epoch: int, sample_id: int, out: NDArray[np.uint8]) -> None:
-        data = table["image"][row].as_py()
+    def _image(self, pictures: _Pictures, row: int, epoch: int, sample_id: int, out: NDArray[np.uint8]) -> None:
+        data, size = pictures.data(row), pictures.sizes[row]
         if self.augment is None:
-            out[:] = decode_eval(data, self.preprocessing)
+            out[:] = decode_eval(data, size, self.preprocessing)
             return
-        size = (table["width"][row].as_py(), table["height"][row].as_py())
         rng = np.random.default_rng([self.plan.seed or 0, epoch, sample_id])
         decode_train(data, size, self.augment, self.preprocessing.image_size, rng, out)
+
+
+class _Pictures:
+    """A row group; the pictures' bytes are not copied."""
+
+    def __init__(self, table: pa.Table) -> None:
+        column = table["image"].combine_chunks()
+        images = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        _, offsets, data = images.buffers()
+        self._offsets = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1].tolist()
+        self._data = memoryview(data).cast("B")
+        self.labels: list[int] = table["label"].to_pylist()
+        self.sizes: list[tuple[int, int]] = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+
+    def data(self, row: int) -> memoryview:
+        return self._data[self._offsets[row] : self._offsets[row + 1]]

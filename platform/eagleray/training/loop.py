@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from eagleray.config.schema import JobConfig
 from eagleray.data.mixture import load_training_set
 from eagleray.data.plan import EpochPlan
-from eagleray.data.shards import load_manifest
+from eagleray.data.shards import ReadOptions, load_manifest
 from eagleray.data.stream import Batch, BatchStream, DecodeResources
 from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.data.window import WindowDecoder
@@ -100,7 +100,8 @@ def train(  # noqa: PLR0915 - to be read in one piece
     replica = _replicate(model, worker)
     forward = Forward(worker.device, preprocessing, job.train.precision)
 
-    decoder = WindowDecoder(data.uris, plan, preprocessing, job.data.augment)
+    read_options = tuple(ReadOptions.of(manifest, job.data) for manifest in data.manifests)
+    decoder = WindowDecoder(data.uris, plan, preprocessing, job.data.augment, read_options=read_options)
     train_stream = BatchStream(decoder, worker.rank, worker.world_size, worker.train_decode)
     train_epochs = train_stream.epochs(first_epoch, job.train.epochs, first_step)
     val_epochs = eval_stream(job, job.data.val, worker).epochs(first_epoch, job.train.epochs)
@@ -211,8 +212,9 @@ def evaluate(model: nn.Module, batches: Iterator[Batch], forward: Forward, prefi
 
 def eval_stream(job: JobConfig, uri: str, worker: Worker) -> BatchStream:
     """Return this rank's part of a split, unshuffled, for evaluation."""
-    plan = EpochPlan.of(load_manifest(uri), job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, seed=None)
-    decoder = WindowDecoder((uri,), plan, Preprocessing.of(job.data), augment=None)
+    manifest = load_manifest(uri)
+    plan = EpochPlan.of(manifest, job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, seed=None)
+    decoder = WindowDecoder((uri,), plan, Preprocessing.of(job.data), augment=None, read_options=(ReadOptions.of(manifest, job.data),))
     return BatchStream(decoder, worker.rank, worker.world_size, worker.eval_decode)
 
 
