@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -32,7 +31,7 @@ EXCLUDE_NEWER = "2026-11-20T00:00:00Z"
 TURN_TIMEOUT_S = 600.0
 SAMPLE_INTERVAL_S = 0.2
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 180)
 
 
 class TurnError(Exception):
@@ -65,7 +64,8 @@ class Report:
             columns = [column for column in dict.fromkeys(key for row in rows for key in row) if column != "section"]
             table = Table(title=section, title_justify="left")
             for column in columns:
-                table.add_column(column.replace("_", " "), justify="left" if column in ("system", "storage", "note") else "right")
+                is_text = column in ("system", "storage", "note")
+                table.add_column(column.replace("_", " "), justify="left" if is_text else "right", overflow="fold")
             for row in rows:
                 table.add_row(*(_cell(row.get(column)) for column in columns))
             console.print(table)
@@ -247,14 +247,3 @@ def _proportional_sizes(pid: int) -> tuple[int, int]:
 def _shared_memory_used() -> int:
     usage = os.statvfs("/dev/shm")
     return (usage.f_blocks - usage.f_bfree) * usage.f_frsize
-
-
-def rotated(items: Sequence[Any], by: int) -> list[Any]:
-    """Return the items beginning with another one each round, so that none always follows the same neighbour."""
-    start = by % len(items) if items else 0
-    return [*items[start:], *items[:start]]
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Return the median and, of several values, their range."""
-    return {"median": statistics.median(values), "range": f"{min(values):,.0f}-{max(values):,.0f}" if len(values) > 1 else "one turn"}

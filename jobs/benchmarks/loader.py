@@ -16,16 +16,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs.benchmarks import harness
 from jobs.benchmarks.harness import Goal, Report, TurnError, console
 from jobs.benchmarks.pictures import MAX_DISTINCT, link_pictures, make_pictures
 from jobs.benchmarks.shuffle import measure_orders
-from jobs.benchmarks.systems.protocol import NUM_WORKERS, ReadTask, WriteTask
+from jobs.benchmarks.systems.protocol import NUM_WORKERS, ReadTask, WriteTask, rotated
 
 from eagleray import storage
 from eagleray.cluster.local_s3 import LocalS3
@@ -152,7 +154,7 @@ class Bench:
             return str(path)
         uri = storage.join(self.bucket_uri, path.name)
         if not storage.exists(uri):
-            storage.copy_tree(str(path), uri)
+            _upload(path, uri)
         return uri
 
     def write(self, system: System, count: int, target: Path) -> float:
@@ -184,6 +186,17 @@ class Bench:
     def _run(self, system: System, verb: str, task: ReadTask | WriteTask, *, measure_memory: bool = False) -> dict[str, Any]:
         module = f"jobs.benchmarks.systems.{system.module}"
         return harness.run(self.pythons[system.module], module, verb, json.dumps(asdict(task)), measure_memory=measure_memory)
+
+
+def _upload(directory: Path, uri: str) -> None:
+    """Copy files and nothing else: `storage.copy_tree` also makes empty objects for folders, which peers take for data."""
+    import boto3
+
+    client, place = boto3.client("s3"), urlsplit(uri)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        prefix = place.path.lstrip("/")
+        list(pool.map(lambda path: client.upload_file(str(path), place.netloc, f"{prefix}/{path.relative_to(directory)}"), files))
 
 
 @contextmanager
@@ -221,11 +234,20 @@ class Turn:
         return f"leaves out {missing:.0f} and repeats {repeated:.0f} of {self.count} pictures" if missing or repeated else ""
 
 
-def in_rounds(bench: Bench, title: str, rounds: int, jobs: list[tuple[System, str, Callable[[], None]]]) -> None:
-    """Do every job once a round, beginning with another one each time; a system that fails is left out from then on."""
+Job = tuple[System, str, Callable[[], None]]
+"""(whose, what is told beside its name, what to do)."""
+
+
+def in_rounds(title: str, rounds: int, jobs: list[Job]) -> dict[tuple[str, str], str]:
+    """Do every job once a round, beginning with another one each time.
+
+    Returns:
+        (system, place) → why it failed; it is left out from then on.
+    """
+    failures: dict[tuple[str, str], str] = {}
     for number in range(rounds):
-        for system, place, job in harness.rotated(jobs, number):
-            if system.name in bench.unusable:
+        for system, place, job in rotated(jobs, number):
+            if (system.name, place) in failures:
                 continue
             console.print(f"[dim]{title}, round {number + 1} of {rounds}: {system.name}, {place}[/]")
             try:
@@ -233,7 +255,8 @@ def in_rounds(bench: Bench, title: str, rounds: int, jobs: list[tuple[System, st
             except TurnError as error:
                 if not system.is_peer:
                     raise SystemExit(f"eagleray: {error}") from None
-                bench.unusable[system.name] = str(error)
+                failures[system.name, place] = str(error)
+    return failures
 
 
 def measure_loader(bench: Bench) -> None:
@@ -250,20 +273,22 @@ def measure_loader(bench: Bench) -> None:
         turns.setdefault((system.name, place), []).append(bench.read(system, place, sizes.count, sizes.timed_epochs))
 
     jobs = [(system, place, lambda s=system, p=place: measure(s, p)) for place in STORAGES for system in bench.usable()]
-    in_rounds(bench, "throughput", sizes.rounds, [(EAGLERAY, "bare kernel", measure_bound), *jobs])
+    failures = in_rounds("throughput", sizes.rounds, [(EAGLERAY, "bare kernel", measure_bound), *jobs])
 
     bound = statistics.median(bounds)
     bench.report.add(
         "Throughput", system=f"bound: bare kernel on {NUM_WORKERS} cores", images_per_s=bound, range=_range(bounds), of_bound=1.0
     )
     for place in STORAGES:
-        rates = {s.name: _median(turns[s.name, place], "images_per_s") for s in bench.usable() if (s.name, place) in turns}
+        done_here = {name: done for (name, where), done in turns.items() if where == place and (name, place) not in failures}
+        rates = {name: _median(done, "images_per_s") for name, done in done_here.items()}
         peers = {name: rate for name, rate in rates.items() if name != EAGLERAY.name}
         best = max(peers, key=lambda name: peers[name]) if peers else None
         for system in SYSTEMS:
-            done = turns.get((system.name, place), [])
-            if system.name in bench.unusable:
-                bench.report.add("Throughput", system=system.name, storage=place, note=bench.unusable[system.name])
+            done = done_here.get(system.name)
+            if done is None:
+                reason = bench.unusable.get(system.name) or failures[system.name, place]
+                bench.report.add("Throughput", system=system.name, storage=place, note=reason)
                 continue
             bench.report.add(
                 "Throughput",
@@ -303,12 +328,13 @@ def measure_ingest(bench: Bench) -> None:
 
     bench.pictures(count)
     jobs = [(system, LOCAL, lambda s=system: measure(s)) for system in bench.usable() if system.form != "pictures"]
-    in_rounds(bench, "ingest", bench.sizes.ingest_rounds, jobs)
+    failures = in_rounds("ingest", bench.sizes.ingest_rounds, jobs)
     for system in SYSTEMS:
         if system.form == "pictures":
             continue
-        if system.name in bench.unusable:
-            bench.report.add("Ingest", system=system.name, note=bench.unusable[system.name])
+        reason = bench.unusable.get(system.name) or failures.get((system.name, LOCAL))
+        if reason is not None:
+            bench.report.add("Ingest", system=system.name, note=reason)
             continue
         note = "copies the files unseen" if system.is_peer else "decodes every picture once, to refuse what cannot be read"
         found = rates[system.name]
@@ -354,7 +380,7 @@ def measure_scaling(bench: Bench) -> None:
         turns[count].append(bench.read(EAGLERAY, LOCAL, count, max(counts) * NUM_WORKERS // count))
 
     jobs = [(EAGLERAY, f"{count:,} pictures", lambda c=count: measure(c)) for count in counts]
-    in_rounds(bench, "scale", bench.sizes.scaling_rounds, jobs)
+    in_rounds("scale", bench.sizes.scaling_rounds, jobs)
     costs = {count: 1e6 / _median(turns[count], "images_per_s") for count in counts}
     for count, cost in costs.items():
         rates = [turn.images_per_s for turn in turns[count]]
@@ -378,7 +404,7 @@ def measure_shuffle(bench: Bench) -> None:
         for place in places
         for shuffle in (True, False)
     ]
-    in_rounds(bench, "shuffling", sizes.rounds, jobs)
+    in_rounds("shuffling", sizes.rounds, jobs)
     for place in places:
         rates = {shuffle: _median(turns[place, shuffle], "images_per_s") for shuffle in (True, False)}
         for shuffle, rate in rates.items():

@@ -13,6 +13,7 @@ import torch
 from jobs.benchmarks.systems import protocol
 from jobs.benchmarks.systems.protocol import BATCH_SIZE, NUM_WORKERS, Batches, Epochs, ReadTask, WriteTask
 from jobs.benchmarks.systems.transform import Transform
+from litdata.streaming import downloader
 
 
 def write(task: WriteTask) -> float:
@@ -28,7 +29,11 @@ def _sample(item: tuple[str, int]) -> dict[str, Any]:
 
 
 def read(task: ReadTask) -> Epochs:
-    options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if task.uri.startswith("s3://") else {}
+    options = {}
+    if task.uri.startswith("s3://"):
+        options["endpoint_url"] = os.environ["AWS_ENDPOINT_URL"]
+        # The client that fetches chunks refuses stores without TLS, and no setting of LitData's reaches it.
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     dataset = litdata.StreamingDataset(
         task.uri, cache_dir=task.cache_dir, shuffle=task.shuffle, storage_options=options, transform=Change(Transform("torchvision"))
     )

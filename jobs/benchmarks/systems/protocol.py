@@ -130,3 +130,9 @@ def picture_paths(task: WriteTask) -> list[tuple[str, int]]:
     classes = sorted(entry.name for entry in os.scandir(task.pictures) if entry.is_dir())
     found = [(entry.path, label) for label, name in enumerate(classes) for entry in os.scandir(os.path.join(task.pictures, name))]
     return sorted(found, key=lambda item: os.path.basename(item[0]))
+
+
+def rotated(items: Sequence[Any], by: int) -> list[Any]:
+    """Return the items beginning with another one each round, so that none always follows the same neighbour."""
+    start = by % len(items) if items else 0
+    return [*items[start:], *items[:start]]
