@@ -7,6 +7,7 @@ that the stream gets one decoding task per core, as every peer gets one worker p
 from __future__ import annotations
 
 import time
+from contextlib import closing
 
 from jobs.benchmarks.systems import protocol
 from jobs.benchmarks.systems.protocol import (
@@ -43,9 +44,9 @@ def read(task: ReadTask) -> Epochs:
     plan = EpochPlan.of(load_manifest(task.uri), BATCH_SIZE, data.lanes, data.shuffle_window, seed=0 if task.shuffle else None)
     decoder = WindowDecoder(task.uri, plan, Preprocessing.of(data), data.augment)
     stream = BatchStream(decoder, rank=0, world_size=1, resources=DecodeResources(tasks=NUM_WORKERS, cpus=1.0))
-    with connected():
-        # The stream goes on beyond the last timed epoch: a task may be decoding an epoch ahead then, as it was before the first.
-        for batches in stream.epochs(0, 1 + task.timed_epochs + NUM_WORKERS):
+    # The stream goes on beyond the last timed epoch: a task may be decoding an epoch ahead then, as it was before the first.
+    with connected(), closing(stream.epochs(0, 1 + task.timed_epochs + NUM_WORKERS)) as epochs:
+        for batches in epochs:
             yield (_counted(batch) for batch in batches)
 
 

@@ -83,7 +83,10 @@ def main(write: Callable[[WriteTask], float] | None, read: Callable[[ReadTask], 
     if verb == "write" and write is not None:
         answer({"seconds": write(WriteTask(**task))})
     elif verb == "read":
-        answer(_measure(read, ReadTask(**task)))
+        read_task = ReadTask(**task)
+        epochs = read(read_task)
+        answer(_measure(epochs, read_task.timed_epochs))
+        epochs.close()
     else:
         sys.exit(f"cannot '{verb}'")
 
@@ -92,12 +95,10 @@ def answer(result: dict[str, Any]) -> None:
     print(f"\n{MARK}{json.dumps(result)}", flush=True)
 
 
-def _measure(read: Callable[[ReadTask], Epochs], task: ReadTask) -> dict[str, Any]:
-    epochs = read(task)
+def _measure(epochs: Epochs, timed_epochs: int) -> dict[str, Any]:
     first = _consume(epochs)
     first_epoch_ended = time.time()  # the benchmark knows when it started this process
-    timed = [_consume(epochs) for _ in range(task.timed_epochs)]
-    epochs.close()
+    timed = [_consume(epochs) for _ in range(timed_epochs)]
     return {"first_epoch_ended": first_epoch_ended, "epochs": [asdict(epoch) for epoch in [first, *timed]]}
 
 
