@@ -27,6 +27,14 @@ def make_pictures(directory: Path, count: int) -> None:
         os.link(_path(directory, i % distinct), _path(directory, i))
 
 
+def link_pictures(source: Path, num_source: int, directory: Path, count: int) -> None:
+    """Fill `directory` with `count` hard links to the `num_source` pictures (a multiple of the classes) in `source`."""
+    for label in range(NUM_CLASSES):
+        (directory / f"class-{label:02d}").mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        os.link(_path(source, i % num_source), _path(directory, i))
+
+
 def _path(directory: Path, i: int) -> Path:
     return directory / f"class-{i % NUM_CLASSES:02d}" / f"{i:06d}.jpg"
 
