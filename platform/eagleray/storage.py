@@ -21,6 +21,7 @@ from eagleray.errors import StorageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pyarrow as pa
     import pyarrow.fs as pafs
 
 SCHEMES = ("file", "s3")
@@ -196,9 +197,23 @@ def list_files_with_sizes(uri: str) -> list[tuple[str, int]]:
     return sorted((prefix + info.path, info.size) for info in infos if info.is_file)
 
 
-def read_bytes(uri: str) -> bytes:
-    filesystem, path = open_uri(uri)
+@contextmanager
+def open_file(uri: str, filesystem: pafs.FileSystem | None = None) -> Iterator[pa.NativeFile]:
+    """Open `uri` for reading; several threads may read ranges of it at once with `read_at(size, offset)`.
+
+    Args:
+        filesystem: one that `open_uri` returned for a URI of the same scheme: making one costs more than reading a small file.
+    """
+    if filesystem is None:
+        filesystem, path = open_uri(uri)
+    else:
+        path = normalize_uri(uri).removeprefix("s3://")
     with _explained(uri, "read it"), filesystem.open_input_file(path) as file:
+        yield file
+
+
+def read_bytes(uri: str) -> bytes:
+    with open_file(uri) as file:
         return bytes(file.read())
 
 
