@@ -64,16 +64,20 @@ def ingest(
     Args:
         source: `imagefolder:PATH`, `imagenet:…`, `webdataset:…`, `parquet:…`, `idx:…`, `cifar:…`, `csv:…`, or a folder.
         target: local folder or s3:// URI.
-        on_progress: called with (pictures done, pictures in all).
+        on_progress: called with (pictures done, pictures in all), first with those that an earlier run had finished.
 
     Raises:
-        DataError: no such source, no pictures, too many unreadable ones, or `target` holds something else.
-        StorageError: `target` cannot be written.
+        ConfigError: settings that do not fit the source.
+        DataError: no such source, no pictures, too many unreadable ones, `target` holds something else, or another
+            ingest is writing there.
+        StorageError: the source cannot be read, or `target` cannot be written.
     """
     from eagleray.cluster.connect import connected
+    from eagleray.data.claim import check_unclaimed
     from eagleray.data.ingest import ingest as run_ingest
 
     storage.check_access(target)
+    check_unclaimed(target)
     with connected(address):
         return run_ingest(source, target, config or IngestConfig(), seed=seed, progress=on_progress)
 

@@ -118,15 +118,29 @@ def ingest(
     source: Annotated[
         str,
         typer.Argument(
-            help="imagefolder:PATH, imagenet:PATH, webdataset:PATTERN, parquet:URI, idx:PATH, cifar:PATH, csv:FILE, or a folder."
+            help="A folder with one sub-folder per class (imagefolder:URI), imagenet:FOLDER, webdataset:PATTERN, parquet:PATTERN, "
+            "idx:FOLDER, cifar:URI or csv:FILE; local or s3://. A pattern is a file, a folder, or names with * and {000..146}."
         ),
     ],
     target: Annotated[str, typer.Argument(help="Folder or s3://bucket/key for shards and manifest.")],
-    split: Annotated[list[str] | None, typer.Option(help="Split off a part, stratified by class: val=0.1. May be repeated.")] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Split off a part of all (or of the source's train), stratified by class: val=0.1. May be repeated."),
+    ] = None,
+    split_by: Annotated[
+        str | None,
+        typer.Option(help="'folder': the source's top folders (train/, val/, …) are the splits; or a CSV file of lines key,split."),
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Parquet, CSV: column with the pictures, or their URIs.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Parquet, CSV: column with the class; WebDataset: its field in the json.")
+    ] = None,
+    class_names: Annotated[str | None, typer.Option(help="Text file with a class name a line, where labels are numbers from 0.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of split and order.")] = 0,
-    max_side: Annotated[int | None, typer.Option(help="Re-encode pictures whose shorter side is longer (pixels).")] = None,
+    max_side: Annotated[int | None, typer.Option(help="Make pictures smaller whose shorter side is longer (pixels).")] = None,
     quality: Annotated[int, typer.Option(help="JPEG quality of re-encoded pictures.")] = 90,
     max_refused: Annotated[float, typer.Option(help="Give up when more than this share cannot be read.")] = 0.01,
+    shard_bytes: Annotated[int, typer.Option(help="Size of a shard file, in bytes.")] = 64_000_000,
     address: Address = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -135,7 +149,17 @@ def ingest(
     from eagleray.config.load import build_section
     from eagleray.config.schema import IngestConfig
 
-    options: dict[str, Any] = {"split": _split(split or []), "max_side": max_side, "quality": quality, "max_refused_fraction": max_refused}
+    options: dict[str, Any] = {
+        "split": _split(split or []),
+        "split_by": split_by,
+        "image_column": image_column,
+        "label_column": label_column,
+        "class_names": class_names,
+        "max_side": max_side,
+        "quality": quality,
+        "max_refused_fraction": max_refused,
+        "shard_bytes": shard_bytes,
+    }
     config = build_section(IngestConfig, options, "ingest")
     with _ImageProgress() as progress:
         manifests = api.ingest(source, target, config, seed=seed, address=address, on_progress=progress.update)
@@ -647,6 +671,7 @@ class _ImageProgress:
             console=console,
         )
         self._start = self._printed = time.monotonic()
+        self._kept: int | None = None
         self._task: Any = None
         if console.is_terminal:
             self._bar.start()
@@ -658,7 +683,11 @@ class _ImageProgress:
 
     def update(self, done: int, total: int) -> None:
         now = time.monotonic()
-        rate = done / max(now - self._start, 1e-9)
+        if self._kept is None:  # the first call tells what an earlier run had finished
+            self._kept, self._start, self._printed = done, now, now
+            if done:
+                console.print(f"ingest: going on, {done:,} of {total:,} pictures are done")
+        rate = (done - self._kept) / max(now - self._start, 1e-9)
         if console.is_terminal:
             if self._task is None:
                 self._task = self._bar.add_task("ingest", total=total, rate="")

@@ -29,6 +29,7 @@ from eagleray.errors import StorageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import pyarrow as pa
     import pyarrow.fs as pafs
 
 SCHEMES = ("file", "s3")
@@ -312,6 +313,21 @@ def read_bytes(uri: str) -> bytes:
             return data
 
     return _run(uri, "read it", read)
+
+
+@contextmanager
+def open_file(uri: str, filesystem: pafs.FileSystem | None = None) -> Iterator[pa.NativeFile]:
+    """Open `uri` for reading; several threads may read ranges of it at once with `read_at(size, offset)`.
+
+    Args:
+        filesystem: one that `open_uri` returned for a URI of the same scheme: making one costs more than reading a small file.
+    """
+    if filesystem is None:
+        filesystem, path = open_uri(uri)
+    else:
+        path = normalize_uri(uri).removeprefix("s3://")
+    with _explained(uri, "read it"), filesystem.open_input_file(path) as file:
+        yield file
 
 
 def write_bytes(uri: str, data: bytes) -> None:

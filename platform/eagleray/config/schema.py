@@ -63,7 +63,20 @@ class IngestConfig(Section):
     """How pictures become shards."""
 
     split: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = {}
-    """Named fractions split off, stratified by class (`{val: 0.1}`); the rest is `train`. Empty: no split."""
+    """Named fractions split off, stratified by class (`{val: 0.1}`); the rest is `train`. Of a source that has splits
+    already (its own, or by `split_by`), they are taken from its `train`. Empty: no fractions."""
+
+    split_by: str | None = None
+    """`folder`: the source's top folders (`train/`, `val/`, …) are the splits. Or the URI of a CSV file of lines `key,split`."""
+
+    image_column: str | None = None
+    """Column with the pictures (Parquet) or their URIs (CSV); by default the first of the usual names."""
+
+    label_column: str | None = None
+    """Column (Parquet, CSV) or JSON field (WebDataset) with the class; by default the first of the usual names."""
+
+    class_names: str | None = None
+    """URI of a text file with a class name a line, for sources whose labels are numbers from 0."""
 
     shard_bytes: Annotated[int, Field(ge=1_000)] = 64_000_000
     """Size of a shard file before it is closed, in bytes."""

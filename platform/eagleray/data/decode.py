@@ -1,13 +1,14 @@
 """From encoded bytes to pixels: the hot kernel of the stream, shared with serving.
 
 JPEG, PNG and WebP; greyscale, palette, CMYK and 16-bit pictures become RGB; alpha is dropped; EXIF
-orientation is applied.
+orientation is applied. Shards may also hold raw pixels, see `encode_raw`.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,10 @@ def image_size(data: Encoded, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int
     """Return (width, height) in pixels as displayed, from the header alone.
 
     Raises:
-        DataError: not a JPEG, PNG or WebP, or more than `max_pixels` pixels.
+        DataError: not a JPEG, PNG, WebP or raw picture, or more than `max_pixels` pixels.
     """
+    if is_raw(data):
+        return _raw_size(data, max_pixels)
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -72,8 +75,11 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(_EXIF_ORIENTATION, 1)) if "exif" in image.info else 1
 
 
-def decode_rgb(data: Encoded, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+def decode_rgb(data: Encoded, max_pixels: int = DEFAULT_MAX_PIXELS, *, allow_raw: bool = False) -> NDArray[np.uint8]:
     """Decode a picture nobody has looked at yet.
+
+    Args:
+        allow_raw: also take raw pixels, which are eagleray's own and nothing that a client sends.
 
     Returns:
         uint8 [H, W, 3], RGB, as displayed.
@@ -81,6 +87,8 @@ def decode_rgb(data: Encoded, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[n
     Raises:
         DataError: not a picture, truncated, or more than `max_pixels` pixels.
     """
+    if is_raw(data) and not allow_raw:
+        raise DataError("not a JPEG, PNG or WebP picture")
     image_size(data, max_pixels)
     return decode_trusted(data)
 
@@ -94,7 +102,46 @@ def decode_trusted(data: Encoded) -> NDArray[np.uint8]:
     Raises:
         DataError: damaged or truncated.
     """
-    return _decode_opencv(data, reduction=1)
+    return decode_raw(data) if is_raw(data) else _decode_opencv(data, reduction=1)
+
+
+_RAW_MAGIC = b"\x93RAW"
+_RAW_HEADER = struct.Struct("<4sIII")
+
+
+def encode_raw(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels as bytes that say what they are, for pictures too small to gain from JPEG or PNG.
+
+    The format: the magic bytes 93 52 41 57 ("\\x93RAW"); height, width and channels as little-endian uint32; the
+    pixels row by row, channels last.
+
+    Args:
+        pixels: uint8 [H, W] (grey), [H, W, 1] (grey) or [H, W, 3] (RGB).
+    """
+    height, width, channels = pixels.shape if pixels.ndim == 3 else (*pixels.shape, 1)
+    return _RAW_HEADER.pack(_RAW_MAGIC, height, width, channels) + pixels.tobytes()
+
+
+def is_raw(data: Encoded) -> bool:
+    return data[:4] == _RAW_MAGIC
+
+
+def decode_raw(data: Encoded) -> NDArray[np.uint8]:
+    """Return the pixels of `encode_raw` as RGB, uint8 [H, W, 3]. Raises DataError if they do not fit the header."""
+    width, height = _raw_size(data, DEFAULT_MAX_PIXELS)
+    pixels = np.frombuffer(data, np.uint8, offset=_RAW_HEADER.size).reshape(height, width, -1)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def _raw_size(data: Encoded, max_pixels: int) -> tuple[int, int]:
+    if len(data) < _RAW_HEADER.size:
+        raise DataError("truncated raw pixels")
+    _, height, width, channels = _RAW_HEADER.unpack_from(data)
+    if height * width > max_pixels:
+        raise DataError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
+    if not height or not width or channels not in (1, 3) or len(data) - _RAW_HEADER.size != height * width * channels:
+        raise DataError(f"damaged raw pixels ({len(data) - _RAW_HEADER.size} bytes for {width}x{height}x{channels})")
+    return width, height
 
 
 def check_size(data: Encoded, size: tuple[int, int]) -> None:
@@ -132,6 +179,8 @@ def crop_and_resize(data: Encoded, size: tuple[int, int], box: Box, target: int,
         DataError: damaged or truncated.
     """
     left, top, width, height = box
+    if is_raw(data):
+        return resize(decode_raw(data)[top : top + height, left : left + width], target, target, out)
     reduction = max((r for r in _OPENCV_FLAGS if min(width, height) >= r * target), default=1)
     image, x, y = _decode_part(data, size, box, reduction)
     rows = _span(top - y, height, reduction, image.shape[0])

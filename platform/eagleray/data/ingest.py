@@ -2,37 +2,59 @@
 
 What goes into which shard is planned from the listing and the seed alone, so that a second run, or one
 that goes on after a kill, makes the same shards. Each finished shard leaves a note under `_parts/`; the
-manifest is written last, by conditional write, and the notes are removed.
+manifest is written last, by conditional write, and the notes are removed. Shards carry the plan's digest
+in their names: those of another plan are never overwritten.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import ray
+from numpy.typing import NDArray
 
 from eagleray import storage
 from eagleray.config.schema import IngestConfig
-from eagleray.data.decode import decode_rgb
+from eagleray.data.claim import DEAD_AFTER_S, Claim, check_unclaimed, claimed
+from eagleray.data.decode import decode_rgb, encode_raw, is_raw
+from eagleray.data.jpeg import START as JPEG_START
 from eagleray.data.shards import Manifest, RefusedImage, ShardInfo, encode_shard, load_manifest, manifest_uri
-from eagleray.data.sources import Item, Listing, open_source
-from eagleray.errors import DataError, StorageError
+from eagleray.data.sources import Listing, open_source
+from eagleray.errors import ConfigError, DataError, EagleRayError
 
 MAX_REFUSED_NAMED = 1000
 TASK_CPUS = 0.5
+NOTE_THREADS = 16
 NOTES_FOLDER = "_parts"
 
 
 @dataclass(frozen=True)
-class _ShardPlan:
-    path: str
-    items: list[Item]
+class _Part:
+    """The plan of one split: the pictures of each of its shards, as rows of the listing."""
+
+    uri: str
+    shards: list[NDArray[np.int64]] = field(repr=False)
+    digest: str
+
+    @property
+    def num_items(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    def shard_path(self, index: int) -> str:
+        return f"shard-{self.digest[:8]}-{index:05d}.parquet"
+
+    def note_uri(self, index: int) -> str:
+        return storage.join(self.uri, NOTES_FOLDER, self.digest[:16], f"{self.shard_path(index)}.json")
 
 
 @dataclass(frozen=True)
@@ -41,115 +63,219 @@ class _Shard:
 
     info: ShardInfo | None
     refused: list[RefusedImage]
-    num_items: int
 
 
 def ingest(
-    source: str, target: str, config: IngestConfig, *, seed: int = 0, progress: Callable[[int, int], None] = lambda done, total: None
+    source: str,
+    target: str,
+    config: IngestConfig,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    dead_after_s: float = DEAD_AFTER_S,
 ) -> dict[str, Manifest]:
     """Write the pictures of `source` under `target`; Ray must be connected.
 
     Args:
         source: see `open_source`.
-        target: the data set's URI; with `config.split`, one data set per split is made below it.
-        progress: called with (pictures done, pictures in all).
+        target: the data set's URI; where there are splits, one data set per split is made below it.
+        progress: called with (pictures done, pictures in all), first with those that an earlier run had finished.
+        dead_after_s: age in seconds from which another writer's claim counts no more.
 
     Returns:
-        Split name → manifest (`all` without a split). A target that already holds just this is left as it is.
+        Split name → manifest (`all` without splits). A target that already holds just this is left as it is.
 
     Raises:
-        DataError: nothing usable in the source, too many unreadable pictures, or the target holds something else.
-        StorageError: the target cannot be written.
+        ConfigError: the settings do not fit the source.
+        DataError: nothing usable in the source, too many unreadable pictures, the target holds something else, or
+            another ingest is writing there.
+        StorageError: the source cannot be read or the target cannot be written.
     """
-    listing = open_source(source).list_items()
-    parts = _split(listing, config.split, seed)
-    targets = {split: target if split == "all" else storage.join(target, split) for split in parts}
-    description = json.dumps({"source": source, "seed": seed, "settings": config.model_dump(mode="json")}, sort_keys=True)
-    manifests: dict[str, Manifest | None] = {
-        split: _existing(uri, _plan_digest(parts[split], description)) for split, uri in targets.items()
-    }
-    missing = [split for split, manifest in manifests.items() if manifest is None]
-    shards = _write_shards(listing.classes, {s: parts[s] for s in missing}, targets, config, description, progress)
-    # Nothing is published before all splits are written and known to be good enough.
-    _check_refused(target, shards, len(listing.items), config.max_refused_fraction)
-    for split in missing:
-        digest = _plan_digest(parts[split], description)
-        manifests[split] = _publish(targets[split], split, listing.classes, shards[split], json.loads(description) | {"plan": digest})
+    check_unclaimed(target, dead_after_s)  # the listing may take minutes
+    listing = open_source(source, config).list_items()
+    # What only decides whether the result is published does not change the plan.
+    settings = config.model_dump(mode="json", exclude={"max_refused_fraction"})
+    description = {"source": source, "seed": seed, "settings": settings}
+    parts = _plan(listing, target, config, seed, json.dumps(description, sort_keys=True))
+    manifests = {split: _existing(part) for split, part in parts.items()}
+    missing = {split: parts[split] for split, manifest in manifests.items() if manifest is None}
+    if missing:
+        with claimed(target, dead_after_s) as claim:
+            shards = _write_shards(listing, missing, config, claim, progress)
+            # Nothing is published before all splits are written and known to be good enough.
+            _check_refused(target, shards, sum(part.num_items for part in missing.values()), config.max_refused_fraction)
+            claim.check()
+            for split, part in missing.items():
+                manifests[split] = _publish(part, split, listing.classes, shards[split], description | {"plan": part.digest})
     return {split: manifest for split, manifest in manifests.items() if manifest is not None}
 
 
-def _split(listing: Listing, fractions: dict[str, float], seed: int) -> dict[str, list[Item]]:
-    """Shuffle by seed and split each class by the fractions; without any, all is one part."""
+def _plan(listing: Listing, target: str, config: IngestConfig, seed: int, description: str) -> dict[str, _Part]:
+    """Decide which pictures go into which shard of which split, in which order.
+
+    Pictures are shuffled over the whole source, so that each row group mixes the classes. Those that can only be
+    read together (a Parquet row group) stay together: the chunks are shuffled, and the pictures within a shard.
+    """
     rng = np.random.default_rng(seed)
-    shuffled = [listing.items[i] for i in rng.permutation(len(listing.items))]
-    if not fractions:
-        return {"all": shuffled}
-    parts: dict[str, list[Item]] = {"train": [], **{name: [] for name in fractions}}
-    by_class: dict[int, list[Item]] = {}
-    for item in shuffled:
-        by_class.setdefault(item.label, []).append(item)
-    assigned: dict[str, str] = {}
-    for items in by_class.values():
-        start = 0
-        for name, fraction in fractions.items():
-            count = round(fraction * len(items))
-            assigned.update({item.key: name for item in items[start : start + count]})
-            start += count
-    for item in shuffled:
-        parts[assigned.get(item.key, "train")].append(item)
-    empty = [name for name, items in parts.items() if not items]
-    if empty:
-        raise DataError(
-            f"split '{empty[0]}' would be empty ({len(listing.items)} pictures in all); give it a larger fraction or add pictures"
-        )
+    chunks = listing.items["chunk"].to_numpy()
+    mix = rng.permutation(len(chunks))
+    order = np.lexsort((mix, rng.permutation(int(chunks.max()) + 1)[chunks]))
+    sizes = listing.items["size_bytes"].to_numpy()
+    parts = {}
+    for split, members in _split(listing, config, mix).items():
+        rows = order[members[order]]
+        before = np.cumsum(sizes[rows]) - sizes[rows]
+        shards = [shard[np.argsort(mix[shard])] for shard in _cut(rows, before, config.shard_bytes)]
+        uri = target if split == "all" else storage.join(target, split)
+        parts[split] = _Part(uri, shards, _plan_digest(listing, shards, description))
     return parts
 
 
-def _plan_digest(items: list[Item], description: str) -> str:
+def _cut(rows: NDArray[np.int64], before: NDArray[np.int64], shard_bytes: int) -> list[NDArray[np.int64]]:
+    """Cut rows into shards; a shard is closed by the picture that brings it to `shard_bytes`. `before`: bytes before each row."""
+    starts, start = [], 0
+    while start < len(rows):
+        starts.append(start)
+        start = max(start + 1, int(np.searchsorted(before, before[start] + shard_bytes)))
+    return np.split(rows, starts[1:])
+
+
+def _split(listing: Listing, config: IngestConfig, mix: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
+    """Return which pictures belong to each split: bool [N] by name, `all` where there are none."""
+    splits = listing.items["split"]
+    if config.split_by is not None and config.split_by != "folder":
+        splits = _listed_splits(listing.items["key"], config.split_by)
+    names = np.array(["all"] * len(splits) if splits.null_count else splits.to_pylist())
+    if config.split:
+        names = _split_off(listing, names, config.split, mix)
+    parts = {name: names == name for name in np.unique(names).tolist()}
+    order = ("train", *config.split)
+    return dict(sorted(parts.items(), key=lambda part: order.index(part[0]) if part[0] in order else len(order)))
+
+
+def _split_off(listing: Listing, names: NDArray[np.str_], fractions: dict[str, float], mix: NDArray[np.int64]) -> NDArray[np.str_]:
+    """Split each class of `train` (or of all, without splits) by the fractions, in random order; the rest is `train`."""
+    own = set(np.unique(names).tolist()) - {"all"}
+    if own and "train" not in own:
+        raise ConfigError(
+            f"ingest.split: the source has the splits {', '.join(sorted(own))} and no 'train' to take fractions from; leave it out"
+        )
+    if taken := own & fractions.keys():
+        raise ConfigError(
+            f"ingest.split: the source has a split '{min(taken)}' of its own ({', '.join(sorted(own))}); "
+            "give another name to what is split off from its 'train', or leave it out"
+        )
+    result = names.astype(object)
+    result[names == "all"] = "train"
+    pool = np.flatnonzero(result == "train")
+    pool = pool[np.argsort(mix[pool])]
+    labels = listing.items["label"].to_numpy()[pool]
+    for label in np.unique(labels):
+        rows = pool[labels == label]
+        start = 0
+        for name, fraction in fractions.items():
+            count = round(fraction * len(rows))
+            result[rows[start : start + count]] = name
+            start += count
+    empty = [name for name in ("train", *fractions) if not (result == name).any()]
+    if empty:
+        raise DataError(f"split '{empty[0]}' would be empty ({len(pool)} pictures in all); give it a larger fraction or add pictures")
+    return result.astype(str)
+
+
+def _listed_splits(keys: pa.ChunkedArray, uri: str) -> pa.Array:
+    """Return the split of each key as a CSV file of `key,split` has it."""
+    try:
+        rows = [row for row in csv.reader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig"))) if row]
+    except UnicodeDecodeError:
+        raise ConfigError(f"ingest.split_by '{uri}': not a text file; give 'folder', or a CSV file of lines key,split") from None
+    wrong = [row for row in rows if len(row) != 2 or not row[1].strip()]
+    if wrong or not rows:
+        raise ConfigError(f"ingest.split_by '{uri}': lines are key,split (cat/001.jpg,val), not '{','.join(wrong[0] if wrong else [])}'")
+    listed = {key.strip(): split.strip() for key, split in rows if (key, split) != ("key", "split")}
+    unknown = set(listed).difference(keys.to_pylist())
+    if unknown:
+        raise ConfigError(
+            f"ingest.split_by '{uri}': {len(unknown)} keys are not in the source; the first: '{min(unknown)}', which has '{keys[0]}'"
+        )
+    splits = [listed.get(key) for key in keys.to_pylist()]
+    if None in splits:
+        raise ConfigError(f"ingest.split_by '{uri}': {splits.count(None)} pictures are not in it; the first: '{keys[splits.index(None)]}'")
+    return pa.array(splits)
+
+
+def _plan_digest(listing: Listing, shards: list[NDArray[np.int64]], description: str) -> str:
     digest = hashlib.sha256(description.encode())
-    for item in items:
-        digest.update(f"{item.key}\0{item.label}\0{item.size_bytes}\n".encode())
+    for shard in shards:
+        items = listing.items.select(["key", "label", "size_bytes"]).take(shard)
+        digest.update("\n".join(items["key"].to_pylist()).encode())
+        digest.update(items["label"].to_numpy().tobytes() + items["size_bytes"].to_numpy().tobytes())
     return digest.hexdigest()
 
 
-def _existing(uri: str, digest: str) -> Manifest | None:
-    if not storage.exists(manifest_uri(uri)):
+def _existing(part: _Part) -> Manifest | None:
+    if not storage.exists(manifest_uri(part.uri)):
         return None
-    manifest = load_manifest(uri)
-    if json.loads(manifest.source).get("plan") != digest:
-        raise DataError(f"'{uri}' already holds another data set (other source, split or settings); choose another target or delete it")
+    manifest = load_manifest(part.uri)
+    if json.loads(manifest.source).get("plan") != part.digest:
+        raise DataError(
+            f"'{part.uri}' already holds another data set (other source, split or settings); choose another target or delete it"
+        )
     return manifest
 
 
 def _write_shards(
-    classes: list[str],
-    parts: dict[str, list[Item]],
-    targets: dict[str, str],
-    config: IngestConfig,
-    description: str,
-    progress: Callable[[int, int], None],
+    listing: Listing, parts: dict[str, _Part], config: IngestConfig, claim: Claim, progress: Callable[[int, int], None]
 ) -> dict[str, list[_Shard]]:
-    """Write all shards of all parts, as many at a time as the cluster has CPUs for; return them in their order."""
+    """Write the shards of all parts that are not there yet, as many at a time as the cluster has CPUs for."""
+    places = [(split, index) for split, part in parts.items() for index in range(len(part.shards))]
+    with ThreadPoolExecutor(NOTE_THREADS) as pool:
+        noted = pool.map(lambda place: _read_note(parts[place[0]].note_uri(place[1])), places)
+    written = {place: shard for place, shard in zip(places, noted, strict=True) if shard is not None}
+    total = sum(part.num_items for part in parts.values())
+    done = sum(len(parts[split].shards[index]) for split, index in written)
+    progress(done, total)
     write = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_write_shard)
-    places: dict[ray.ObjectRef, tuple[str, int]] = {}
-    written: dict[str, dict[int, _Shard]] = {split: {} for split in parts}
-    for split, items in parts.items():
-        notes = _notes_uri(targets[split], _plan_digest(items, description))
-        for index, plan in enumerate(_plan_shards(items, config.shard_bytes)):
-            places[write.remote(plan, targets[split], notes, classes, config)] = (split, index)
-    total = sum(len(items) for items in parts.values())
-    done, pending = 0, list(places)
-    while pending:
-        ready, pending = ray.wait(pending)
-        for ref in ready:
-            split, index = places[ref]
-            shard = written[split][index] = ray.get(ref)
-            done += shard.num_items
-            progress(done, total)
-    return {split: [shards[index] for index in sorted(shards)] for split, shards in written.items()}
+    shared = ray.put(listing)
+    running = {}
+    for split, index in places:
+        if (split, index) not in written:
+            part = parts[split]
+            task = write.remote(shared, part.shards[index], part.uri, part.shard_path(index), part.note_uri(index), config)
+            running[task] = (split, index)
+    try:
+        while running:
+            ready, _ = ray.wait(list(running), timeout=1.0)
+            claim.check()
+            for ref in ready:
+                written[running[ref]] = _result(ref)
+                split, index = running.pop(ref)
+                done += len(parts[split].shards[index])
+                progress(done, total)
+    finally:
+        _cancel(list(running))
+    return {split: [written[split, index] for index in range(len(part.shards))] for split, part in parts.items()}
 
 
-def _publish(uri: str, split: str, classes: list[str], shards: list[_Shard], source: dict[str, Any]) -> Manifest:
+def _result(ref: ray.ObjectRef) -> _Shard:
+    try:
+        shard: _Shard = ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EagleRayError):
+            raise error.cause from None
+        raise
+    return shard
+
+
+def _cancel(refs: list[ray.ObjectRef]) -> None:
+    """Cancel tasks and return when they have ended, so that nothing is written after this."""
+    for ref in refs:
+        ray.cancel(ref)
+    if refs:
+        ray.wait(refs, num_returns=len(refs), timeout=30.0)
+
+
+def _publish(part: _Part, split: str, classes: list[str], shards: list[_Shard], source: dict[str, Any]) -> Manifest:
     refused = [image for shard in shards for image in shard.refused]
     manifest = Manifest(
         classes=classes,
@@ -159,14 +285,10 @@ def _publish(uri: str, split: str, classes: list[str], shards: list[_Shard], sou
         refused=refused[:MAX_REFUSED_NAMED],
         num_refused=len(refused),
     )
-    if not storage.write_bytes_if_absent(manifest_uri(uri), manifest.model_dump_json(indent=1).encode()):
-        raise DataError(f"'{uri}': another ingest published there at the same time; look at it with `eagleray data show {uri}`")
-    storage.delete_tree(storage.join(uri, NOTES_FOLDER))
+    if not storage.write_bytes_if_absent(manifest_uri(part.uri), manifest.model_dump_json(indent=1).encode()):
+        raise DataError(f"'{part.uri}': another ingest published there at the same time; look at it with `eagleray data show {part.uri}`")
+    storage.delete_tree(storage.join(part.uri, NOTES_FOLDER))
     return manifest
-
-
-def _notes_uri(uri: str, plan_digest: str) -> str:
-    return storage.join(uri, NOTES_FOLDER, plan_digest[:16])
 
 
 def _check_refused(target: str, shards: dict[str, list[_Shard]], total: int, limit: float) -> None:
@@ -180,48 +302,52 @@ def _check_refused(target: str, shards: dict[str, list[_Shard]], total: int, lim
     )
 
 
-def _plan_shards(items: list[Item], shard_bytes: int) -> list[_ShardPlan]:
-    groups: list[list[Item]] = [[]]
-    size = 0
-    for item in items:
-        if size >= shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size += item.size_bytes
-    return [_ShardPlan(f"shard-{i:05d}.parquet", group) for i, group in enumerate(groups)]
+def _read_note(uri: str) -> _Shard | None:
+    """Return what an earlier run noted of a shard it finished."""
+    if not storage.exists(uri):
+        return None
+    note: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    info = ShardInfo.model_validate(note["info"]) if note["info"] else None
+    return _Shard(info, [RefusedImage.model_validate(image) for image in note["refused"]])
 
 
-def _write_shard(plan: _ShardPlan, uri: str, notes: str, classes: list[str], config: IngestConfig) -> _Shard:
-    note = storage.join(notes, f"{plan.path}.json")
-    if storage.exists(note):
-        kept: dict[str, Any] = json.loads(storage.read_bytes(note))
-        info = ShardInfo.model_validate(kept["info"]) if kept["info"] else None
-        return _Shard(info, [RefusedImage.model_validate(image) for image in kept["refused"]], len(plan.items))
-    rows, refused = [], []
-    for item in plan.items:
+def _write_shard(listing: Listing, items_of_shard: NDArray[np.int64], uri: str, path: str, note_uri: str, config: IngestConfig) -> _Shard:
+    items = listing.items.take(items_of_shard)
+    rows: dict[int, dict[str, Any]] = {}
+    reasons: dict[int, str] = {}
+    for row, data in listing.reader.read(items):
         try:
-            rows.append(_row(item, config))
-        except (DataError, StorageError) as error:
-            refused.append(RefusedImage(key=item.key, reason=str(error)))
+            if isinstance(data, DataError):
+                raise data
+            rows[row] = _row(data, config) | {"key": items["key"][row].as_py(), "label": items["label"][row].as_py()}
+        except DataError as error:
+            reasons[row] = str(error)
     info = None
     if rows:
-        data, info = encode_shard(plan.path, rows, config.row_group_bytes, classes)
-        storage.write_bytes(storage.join(uri, plan.path), data)
-    record = {"info": info.model_dump() if info else None, "refused": [image.model_dump() for image in refused]}
-    storage.write_bytes(note, json.dumps(record).encode())
-    return _Shard(info, refused, len(plan.items))
+        encoded, info = encode_shard(path, [rows[row] for row in sorted(rows)], config.row_group_bytes, listing.classes)
+        storage.write_bytes(storage.join(uri, path), encoded)
+    refused = [RefusedImage(key=items["key"][row].as_py(), reason=reasons[row]) for row in sorted(reasons)]
+    note = {"info": info.model_dump() if info else None, "refused": [image.model_dump() for image in refused]}
+    storage.write_bytes(note_uri, json.dumps(note).encode())
+    return _Shard(info, refused)
 
 
-def _row(item: Item, config: IngestConfig) -> dict[str, Any]:
-    """Decode the picture once, in full: what is in a shard can be decoded."""
-    data = item.read()
-    image = decode_rgb(data, config.max_pixels)
+def _row(data: bytes, config: IngestConfig) -> dict[str, Any]:
+    """Decode the picture once, in full: what is in a shard can be decoded. JPEGs are tiled, without loss."""
+    image = decode_rgb(data, config.max_pixels, allow_raw=True)
     height, width = image.shape[:2]
     if config.max_side is not None and min(height, width) > config.max_side:
         scale = config.max_side / min(height, width)
         width, height = round(width * scale), round(height * scale)
-        smaller = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        encoded = cv2.imencode(".jpg", cv2.cvtColor(smaller, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.quality])[1]
-        data = encoded.tobytes()
-    return {"key": item.key, "image": data, "label": item.label, "width": width, "height": height}
+        smaller: Any = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        data = encode_raw(smaller) if is_raw(data) else _encode_jpeg(smaller, config.quality)
+    if data[:2] == JPEG_START:
+        from eagleray.data.tiling import tile  # imports Numba
+
+        data = tile(data)
+    return {"image": data, "width": width, "height": height}
+
+
+def _encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return encoded.tobytes()

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from eagleray import storage
 from eagleray.data.decode import decode_trusted
-from eagleray.data.shards import load_manifest, read_row_groups
+from eagleray.data.shards import Manifest, ShardInfo, load_manifest, read_row_groups
 from eagleray.data.transforms import Preprocessing, eval_image
 from eagleray.errors import DataError, StorageError
 
 TILE = 96
 """Side of a picture on the contact sheet, in pixels."""
 
+VERIFY_THREADS = 4
+"""Shards read and hashed at a time; each is held in memory."""
+
+SAMPLED_SHARDS = 32
+"""Shards whose pictures' sizes are looked at; pictures are shuffled over the shards, so that a few stand for all."""
+
+QUANTILES = {"smallest": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "largest": 1.0}
+
 
 def describe(uri: str) -> dict[str, Any]:
-    """Return what the manifest at `uri` says: split, pictures, classes with counts, shards, bytes, refused pictures."""
+    """Return what the data set at `uri` holds: split, pictures, classes with counts, shards, bytes, refused pictures, sizes in pixels."""
     manifest = load_manifest(uri)
     return {
         "uri": storage.normalize_uri(uri),
@@ -31,25 +42,50 @@ def describe(uri: str) -> dict[str, Any]:
         "refused": manifest.num_refused,
         "digest": manifest.digest,
         "source": manifest.source,
+        "pixels (width × height)": _size_quantiles(uri, manifest),
         "classes": manifest.class_counts,
     }
 
 
-def verify(uri: str) -> list[str]:
-    """Read every shard and compare it with the manifest; return one line for each that is missing or damaged."""
-    problems = []
-    for shard in load_manifest(uri).shards:
+def _size_quantiles(uri: str, manifest: Manifest) -> dict[str, str]:
+    """Return quantiles of width and of height, each by itself, of the pictures in a few shards."""
+    step = -(-len(manifest.shards) // SAMPLED_SHARDS)
+    tables = []
+    for shard in manifest.shards[::step] if step else []:
         shard_uri = storage.join(uri, shard.path)
-        try:
-            data = storage.read_bytes(shard_uri)
-        except StorageError as error:
-            problems.append(str(error))
-            continue
-        if storage.sha256_hex(data) != shard.sha256:
-            problems.append(
-                f"'{shard_uri}': {len(data)} bytes do not match the manifest's checksum ({shard.size_bytes} bytes); ingest again"
-            )
-    return problems
+        with storage.open_file(shard_uri) as file:
+            tables.append(pq.read_table(file, columns=["width", "height"]))
+    if not tables:
+        return {}
+    table = pa.concat_tables(tables)
+    levels = list(QUANTILES.values())
+    widths, heights = (np.quantile(table[name].to_numpy(), levels, method="nearest") for name in ("width", "height"))
+    return {name: f"{width} × {height}" for name, width, height in zip(QUANTILES, widths, heights, strict=True)}
+
+
+def verify(uri: str) -> list[str]:
+    """Read every shard and compare it with the manifest; return one line for each that is missing or damaged.
+
+    Those that are missing or of another size are told without being read.
+    """
+    sizes = dict(storage.list_files_with_sizes(uri))
+    root = storage.normalize_uri(uri)
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        found = pool.map(lambda shard: _problem(storage.join(root, shard.path), shard, sizes), load_manifest(uri).shards)
+        return [problem for problem in found if problem is not None]
+
+
+def _problem(shard_uri: str, shard: ShardInfo, sizes: dict[str, int]) -> str | None:
+    remedy = "delete the data set and ingest again"
+    if shard_uri not in sizes:
+        return f"'{shard_uri}': missing; {remedy}"
+    if sizes[shard_uri] != shard.size_bytes:
+        return f"'{shard_uri}': {sizes[shard_uri]} bytes instead of {shard.size_bytes}; {remedy}"
+    try:
+        data = storage.read_bytes(shard_uri)
+    except StorageError as error:
+        return str(error)
+    return None if storage.sha256_hex(data) == shard.sha256 else f"'{shard_uri}': its checksum is not the manifest's; {remedy}"
 
 
 def contact_sheet(uri: str, path: str | Path, columns: int = 10, max_classes: int = 40) -> None:

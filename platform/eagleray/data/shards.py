@@ -1,6 +1,6 @@
 """The format at rest: Parquet shards and a manifest.
 
-A data set is a folder of `shard-00000.parquet`, … and `manifest.json`. The manifest is written
+A data set is a folder of `shard-<plan>-00000.parquet`, … and `manifest.json`. The manifest is written
 last and once; a folder without it is not a data set. A shard holds one picture a row; its row
 groups (a few MB) are the unit of a range read.
 """
@@ -28,7 +28,7 @@ MANIFEST_NAME = "manifest.json"
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string()),  # stable name of the picture within its source
-        pa.field("image", pa.binary()),  # encoded bytes, as in the source unless re-encoded
+        pa.field("image", pa.binary()),  # encoded bytes, as in the source unless re-encoded; see decode.encode_raw for raw pixels
         pa.field("label", pa.int32()),  # index into the manifest's classes
         pa.field("width", pa.int32()),  # pixels, as displayed (EXIF orientation applied)
         pa.field("height", pa.int32()),
@@ -75,8 +75,9 @@ class Manifest(_Record):
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over everything but the source's address: the identity of the data itself."""
-        return hashlib.sha256(self.model_dump_json(exclude={"source"}).encode()).hexdigest()
+        """sha256 over everything but the source's address and the shards' names: the identity of the data itself."""
+        excluded: Any = {"source": True, "shards": {"__all__": {"path"}}}
+        return hashlib.sha256(self.model_dump_json(exclude=excluded).encode()).hexdigest()
 
     @cached_property
     def class_counts(self) -> dict[str, int]:
