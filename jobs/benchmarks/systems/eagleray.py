@@ -42,7 +42,7 @@ def read(task: ReadTask) -> Epochs:
     data = DataConfig(train=task.uri, val=task.uri, image_size=IMAGE_SIZE)
     assert (data.augment.crop_scale, data.augment.crop_ratio, data.augment.flip) == (CROP_SCALE, CROP_RATIO, 0.5)
     plan = EpochPlan.of(load_manifest(task.uri), BATCH_SIZE, data.lanes, data.shuffle_window, seed=0 if task.shuffle else None)
-    decoder = WindowDecoder(task.uri, plan, Preprocessing.of(data), data.augment)
+    decoder = WindowDecoder((task.uri,), plan, Preprocessing.of(data), data.augment)
     stream = BatchStream(decoder, rank=0, world_size=1, resources=DecodeResources(tasks=NUM_WORKERS, cpus=1.0))
     # The stream goes on beyond the last timed epoch: a task may be decoding an epoch ahead then, as it was before the first.
     with connected(), closing(stream.epochs(0, 1 + task.timed_epochs + NUM_WORKERS)) as epochs:

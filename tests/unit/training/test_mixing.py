@@ -16,7 +16,7 @@ from eagleray.config.schema import TrainingConfig
 from eagleray.data.stream import Batch
 from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.training.loop import Forward
-from eagleray.training.metrics import Totals
+from eagleray.training.metrics import Totals, rates
 from eagleray.training.mixing import Mix, draw_mix
 from eagleray.training.recipe import sample_losses
 
@@ -157,8 +157,8 @@ def test_training_accuracy_counts_the_dominant_label_of_valid_rows(weight: float
     partners = torch.tensor([5, 0, 1, 2, 3, 4, 6, 7])
     mix = Mix(partners, weight, box=(4, 4, 8, 8))
     totals = Totals(CPU)
-    totals.add(Forward(CPU, PREPROCESSING, "fp32")(LabelReader(), batch, 0.0, mix))
-    metrics = totals.reduce("train")
+    totals.add(Forward(CPU, PREPROCESSING, "fp32")(LabelReader(), batch, 0.0, mix), num_bad=0)
+    metrics = rates(totals.reduce(), "train")
     # Targets 0 1 2 3 4 0: the first row's partner is of the same class.
     assert metrics["train_top1"] == pytest.approx(1.0 if weight > 0.5 else 1 / 6)
     assert metrics["train_samples"] == 6
