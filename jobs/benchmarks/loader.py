@@ -59,7 +59,7 @@ class System:
         return bool(self.packages)
 
 
-EAGLERAY = System("eagleray", "eagleray", "eagleray", note="own decoder; S3 is read every epoch")
+EAGLERAY = System("eagleray", "eagleray", "eagleray", note="own decoder; keeps a local copy of what it reads from S3")
 SYSTEMS = (
     EAGLERAY,
     System("torch DataLoader, PIL", "torch_dataloader", "pictures", ("boto3",), "pil"),

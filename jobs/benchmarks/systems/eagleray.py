@@ -25,7 +25,7 @@ from eagleray import api
 from eagleray.cluster.connect import connected
 from eagleray.config.schema import DataConfig
 from eagleray.data.plan import EpochPlan
-from eagleray.data.shards import load_manifest
+from eagleray.data.shards import ReadOptions, load_manifest
 from eagleray.data.stream import Batch, BatchStream, DecodeResources
 from eagleray.data.transforms import Preprocessing
 from eagleray.data.window import WindowDecoder
@@ -39,10 +39,12 @@ def write(task: WriteTask) -> float:
 
 
 def read(task: ReadTask) -> Epochs:
-    data = DataConfig(train=task.uri, val=task.uri, image_size=IMAGE_SIZE)
+    data = DataConfig(train=task.uri, val=task.uri, image_size=IMAGE_SIZE, cache_dir=task.cache_dir)
     assert (data.augment.crop_scale, data.augment.crop_ratio, data.augment.flip) == (CROP_SCALE, CROP_RATIO, 0.5)
-    plan = EpochPlan.of(load_manifest(task.uri), BATCH_SIZE, data.lanes, data.shuffle_window, seed=0 if task.shuffle else None)
-    decoder = WindowDecoder((task.uri,), plan, Preprocessing.of(data), data.augment)
+    manifest = load_manifest(task.uri)
+    plan = EpochPlan.of(manifest, BATCH_SIZE, data.lanes, data.shuffle_window, seed=0 if task.shuffle else None)
+    options = (ReadOptions.of(manifest, data),)
+    decoder = WindowDecoder((task.uri,), plan, Preprocessing.of(data), data.augment, read_options=options)
     stream = BatchStream(decoder, rank=0, world_size=1, resources=DecodeResources(tasks=NUM_WORKERS, cpus=1.0))
     # The stream goes on beyond the last timed epoch: a task may be decoding an epoch ahead then, as it was before the first.
     with connected(), closing(stream.epochs(0, 1 + task.timed_epochs + NUM_WORKERS)) as epochs:
