@@ -74,6 +74,16 @@ def require_debian(program: str, package: str) -> str:
     return path
 
 
+def require_debian_file(path: Path, package: str) -> Path:
+    """Return `path`, which a Debian package brings; without it skip and say how to install it (in CI that is a failure)."""
+    if not path.exists():
+        message = f"'{path}' is not there; run: sudo apt-get install {package}"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""

@@ -109,7 +109,7 @@ def concat_items(tables: list[pa.Table]) -> pa.Table:
         chunks = table["chunk"].to_numpy() + first_chunk
         parts.append(table.set_column(ITEM_SCHEMA.get_field_index("chunk"), ITEM_SCHEMA.field("chunk"), pa.array(chunks)))
         first_chunk = int(chunks.max()) + 1 if len(chunks) else first_chunk
-    return pa.concat_tables(parts) if parts else ITEM_SCHEMA.empty_table()
+    return pa.concat_tables(parts).combine_chunks()  # taking rows of many small pieces is slow
 
 
 def checked(where: str, listing: Listing) -> Listing:
