@@ -265,7 +265,8 @@ def _summary(
     run_uri: str,
 ) -> dict[str, Any]:
     def variant(name: str, version: ModelVersion) -> dict[str, Any]:
-        return {"version": version.version, "architecture": version.tags["architecture"], **results.get(name, {})}
+        of_all = {"test_top1": float(version.tags["test_top1"])}  # `top1` is of those held-out pictures that the variant answered
+        return {"version": version.version, "architecture": version.tags["architecture"], **of_all, **results.get(name, {})}
 
     return {
         "seconds": {**stages.seconds, "total": round(seconds, 1)},
