@@ -223,7 +223,7 @@ class _RunCallback(UserCallback):
         """End the run, by raising, where starting the workers again would only fail in the same way."""
         for exception in worker_exceptions.values():
             error = _users_error(exception)
-            if isinstance(error, (ConfigError, TrainingError)):
+            if isinstance(error, (ConfigError, DataError, TrainingError)):
                 raise error
 
 
