@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -148,37 +149,33 @@ def installed_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def run(
-    python: Path | str, module: str, *arguments: str, environment: dict[str, str] | None = None, measure_memory: bool = False
-) -> dict[str, Any]:
+def run(python: Path | str, module: str, *arguments: str, measure_memory: bool = False) -> dict[str, Any]:
     """Run `module` as a process of its own and return what it answers; with `peak_memory` in bytes if asked for.
 
     Raises:
-        TurnError: it failed or took too long; with the last line it wrote.
+        TurnError: it failed or took too long; says so, with the last line it wrote.
     """
-    variables = {
-        **os.environ,
-        **_QUIET,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "platform")]),
-        **(environment or {}),
-    }
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "platform")])
+    variables = {**os.environ, **_QUIET, "PYTHONPATH": path}
     command = [str(python), "-m", module, *arguments]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=variables, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    memory = PeakMemory(process.pid) if measure_memory else None
-    try:
-        output, errors = process.communicate(timeout=TURN_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise TurnError(f"not done after {TURN_TIMEOUT_S:.0f} s") from None
-    finally:
-        _end_tree(process)
-        peak = memory.stop() if memory is not None else None
-    answers = [line for line in output.splitlines() if line.startswith(MARK)]
+    # Files rather than pipes: what outlives the process for a moment would hold a pipe open.
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+        memory = PeakMemory(process.pid) if measure_memory else None
+        try:
+            process.wait(TURN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise TurnError(f"not done after {TURN_TIMEOUT_S:.0f} s") from None
+        finally:
+            _end_tree(process)
+            peak = memory.stop() if memory is not None else None
+        output.seek(0)
+        errors.seek(0)
+        answers = [line for line in output if line.startswith(MARK)]
+        lines = [line.strip() for line in errors if line.strip()]
     # The exit status tells nothing of what was measured: a stream that works ahead is broken off by the end of its process.
     if not answers:
-        lines = [line for line in errors.splitlines() if line.strip()]
-        raise TurnError(f"failed: {lines[-1].strip()[:300] if lines else f'exit status {process.returncode}'}")
+        raise TurnError(f"failed: {lines[-1][:300] if lines else f'exit status {process.returncode}'}")
     answer: dict[str, Any] = json.loads(answers[-1].removeprefix(MARK))
     return answer if peak is None else {**answer, "peak_memory": peak}
 
@@ -192,7 +189,7 @@ _QUIET = {
 }
 
 
-def _end_tree(process: subprocess.Popen[str]) -> None:
+def _end_tree(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]

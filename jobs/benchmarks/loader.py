@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from jobs.benchmarks import harness
 from jobs.benchmarks.harness import Goal, Report, TurnError, console
-from jobs.benchmarks.pictures import MAX_DISTINCT, link_pictures, make_pictures
+from jobs.benchmarks.pictures import link_pictures, make_pictures
 from jobs.benchmarks.shuffle import measure_orders
 from jobs.benchmarks.systems.protocol import NUM_WORKERS, ReadTask, WriteTask, rotated
 
@@ -138,10 +138,10 @@ class Bench:
         if not directory.exists():
             console.print(f"[dim]{count:,} pictures[/]")
             with _published(directory) as temporary:
-                if count <= MAX_DISTINCT:
+                if count <= self.sizes.count:
                     make_pictures(temporary, count)
                 else:
-                    link_pictures(self.pictures(MAX_DISTINCT), MAX_DISTINCT, temporary, count)
+                    link_pictures(self.pictures(self.sizes.count), self.sizes.count, temporary, count)
         return directory
 
     def data(self, system: System, storage_name: str, count: int) -> str:

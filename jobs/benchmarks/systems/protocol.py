@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ NUM_WORKERS = os.cpu_count() or 1
 """Decoding processes of every system: one per core. The consumer only counts."""
 
 MARK = "RESULT "
+END_TIMEOUT_S = 15.0
 
 Batches = Iterator[tuple[Any, Sequence[Hashable]]]
 """Of one epoch: (pictures, uint8 [B, 3, S, S] or [B, S, S, 3]; something that tells each picture from the others)."""
@@ -86,6 +88,7 @@ def main(write: Callable[[WriteTask], float] | None, read: Callable[[ReadTask], 
         read_task = ReadTask(**task)
         epochs = read(read_task)
         answer(_measure(epochs, read_task.timed_epochs))
+        _end_within(END_TIMEOUT_S)
         epochs.close()
     else:
         sys.exit(f"cannot '{verb}'")
@@ -93,6 +96,13 @@ def main(write: Callable[[WriteTask], float] | None, read: Callable[[ReadTask], 
 
 def answer(result: dict[str, Any]) -> None:
     print(f"\n{MARK}{json.dumps(result)}", flush=True)
+
+
+def _end_within(seconds: float) -> None:
+    """A stream that is broken off while it works ahead need not end of itself; all it had to say is said."""
+    timer = threading.Timer(seconds, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _measure(epochs: Epochs, timed_epochs: int) -> dict[str, Any]:
