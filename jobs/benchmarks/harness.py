@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 from jobs.benchmarks.systems.protocol import MARK
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from eagleray.api import code_version
@@ -91,7 +92,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
+    return escape(str(value))  # errors and requirements have brackets
 
 
 def machine() -> dict[str, Any]:
