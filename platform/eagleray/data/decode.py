@@ -243,19 +243,19 @@ def _decode_part(data: Encoded, size: tuple[int, int], box: Box, reduction: int)
         if tiles is None:
             raise DataError("cannot be decoded (restart markers are missing)")
         part, (left, top, width, height) = tiles
-        return _decode_jpeg(part, width, height, reduction), left, top
+        return _decode_jpeg(part, width, height, reduction, is_whole=True), left, top
     # Nothing below the rows of blocks that the crop touches is decoded when the header gives the picture as
     # so high only. Smooth upsampling of colours looks one row further.
     bottom = box[1] + box[3] + 1
     height = min(header.height, -(-bottom // header.block_height) * header.block_height)
-    return _decode_jpeg(with_size(data, header, header.width, height), header.width, height, reduction), 0, 0
+    return _decode_jpeg(with_size(data, header, header.width, height), header.width, height, reduction, is_whole=False), 0, 0
 
 
-def _decode_jpeg(data: Encoded, width: int, height: int, reduction: int) -> NDArray[np.uint8]:
+def _decode_jpeg(data: Encoded, width: int, height: int, reduction: int, *, is_whole: bool) -> NDArray[np.uint8]:
+    """Decode a JPEG; of one that is not whole, data may be left over, for which warnings of damage have to be ignored."""
     try:
-        # Not strict: the rest of the data may be left over.
         return simplejpeg.decode_jpeg(  # type: ignore[no-any-return]
-            data, min_height=-(-height // reduction), min_width=-(-width // reduction), min_factor=reduction, strict=False
+            data, min_height=-(-height // reduction), min_width=-(-width // reduction), min_factor=reduction, strict=is_whole
         )
     except ValueError as error:
         raise DataError(f"cannot be decoded ({' '.join(str(error).split())[:100]})") from None

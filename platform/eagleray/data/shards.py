@@ -198,7 +198,7 @@ def read_row_groups(dataset_uri: str, shard_path: str, row_groups: list[int], op
         return [read(row_group) for row_group in row_groups]
     except FileNotFoundError:
         _open_shard.cache_clear()
-        raise DataError(f"'{uri}': the shard is missing though the manifest lists it; ingest again") from None
+        raise DataError(f"'{uri}': the shard is missing though the manifest lists it; delete the data set and ingest again") from None
     except _UNREADABLE as error:
         raise DataError(f"'{uri}': cannot be read ({storage.reason(error)[:200]}); run `eagleray data verify {dataset_uri}`") from error
 

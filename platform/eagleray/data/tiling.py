@@ -187,6 +187,24 @@ def _transcode(data: bytes, header: JpegHeader, scan: _Scan, interval: int) -> b
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _put(out: NDArray[np.uint8], size: int, byte: np.uint8) -> int:
+    """Write a byte at `size`, escaped if it could be taken for a marker; return the size then."""
+    out[size] = byte
+    if byte == 0xFF:
+        out[size + 1] = 0
+        return size + 2
+    return size + 1
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _put_last(out: NDArray[np.uint8], size: int, pending: np.uint64, num_pending: int) -> int:
+    """Write the last 0..7 bits of a tile, filled up with ones."""
+    if num_pending == 0:
+        return size
+    return _put(out, size, np.uint8((pending << np.uint64(8 - num_pending)) | np.uint64((1 << (8 - num_pending)) - 1)))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _copy_units(  # noqa: PLR0912, PLR0915 - one loop over the bits
     source: NDArray[np.uint8],
     dc: NDArray[np.uint16],
@@ -222,14 +240,8 @@ def _copy_units(  # noqa: PLR0912, PLR0915 - one loop over the bits
             place += 2
             read[:] = 0
         if unit and unit % interval == 0:
-            if num_pending:
-                byte = np.uint8((pending << np.uint64(8 - num_pending)) | np.uint64((1 << (8 - num_pending)) - 1))
-                out[size] = byte
-                size += 1
-                if byte == 0xFF:
-                    out[size] = 0
-                    size += 1
-                pending, num_pending = np.uint64(0), 0
+            size = _put_last(out, size, pending, num_pending)
+            pending, num_pending = np.uint64(0), 0
             out[size], out[size + 1] = 0xFF, 0xD0 + restarts % 8
             size += 2
             restarts += 1
@@ -288,18 +300,6 @@ def _copy_units(  # noqa: PLR0912, PLR0915 - one loop over the bits
                     pending = (pending << np.uint64(new_length)) | new_bits
                     num_pending += new_length
                     while num_pending >= 8:
-                        byte = np.uint8((pending >> np.uint64(num_pending - 8)) & np.uint64(0xFF))
-                        out[size] = byte
-                        size += 1
-                        if byte == 0xFF:
-                            out[size] = 0
-                            size += 1
+                        size = _put(out, size, np.uint8((pending >> np.uint64(num_pending - 8)) & np.uint64(0xFF)))
                         num_pending -= 8
-    if num_pending:
-        byte = np.uint8((pending << np.uint64(8 - num_pending)) | np.uint64((1 << (8 - num_pending)) - 1))
-        out[size] = byte
-        size += 1
-        if byte == 0xFF:
-            out[size] = 0
-            size += 1
-    return size
+    return _put_last(out, size, pending, num_pending)

@@ -30,9 +30,6 @@ BLOCK_BYTES = 32_000_000
 READ_THREADS = 8
 """Shards read at a time by a task; they wait for the network, not for the CPU."""
 
-CHUNK = 16
-"""Pictures that a decoding thread takes at a time."""
-
 _GREY = 118
 """Stands in for a picture that cannot be decoded: near zero once normalised."""
 
@@ -41,8 +38,7 @@ _GREY = 118
 class WindowDecoder:
     """Reads and decodes one rank's part of a window.
 
-    `augment` None means evaluation: resize and centre crop. Decoding runs on `threads` threads: all but a few
-    percent of it is outside of Python's lock.
+    `augment` None means evaluation: resize and centre crop.
     """
 
     uris: tuple[str, ...]
@@ -50,7 +46,6 @@ class WindowDecoder:
     plan: EpochPlan
     preprocessing: Preprocessing
     augment: AugmentConfig | None
-    threads: int = 1
     read_options: tuple[ReadOptions, ...] = ()
     """Of the plan's data sets; empty: the defaults."""
 
@@ -64,11 +59,10 @@ class WindowDecoder:
         sample_ids, is_valid = steps.sample_ids[first_step:], steps.is_valid[first_step:]
         pictures = self._read(np.unique(self.plan.locate(sample_ids.ravel())[0]))
         steps_per_block = self._steps_per_block(world_size)
-        cv2.setNumThreads(1)  # pictures are decoded side by side instead
-        with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(sample_ids), steps_per_block):
-                stop = start + steps_per_block
-                yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, pictures, pool)
+        cv2.setNumThreads(1)  # tasks run side by side instead
+        for start in range(0, len(sample_ids), steps_per_block):
+            stop = start + steps_per_block
+            yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, pictures)
 
     def explain(self, sample_id: int) -> dict[str, str]:
         """Return the `key`, `shard` and `reason` of a picture that could not be decoded."""
@@ -119,24 +113,18 @@ class WindowDecoder:
         is_valid: NDArray[np.bool_],
         epoch: int,
         pictures: dict[int, _Pictures],
-        pool: ThreadPoolExecutor,
     ) -> dict[str, NDArray[Any]]:
         size = self.preprocessing.image_size
         images = np.empty((len(sample_ids), size, size, 3), np.uint8)
         labels = np.empty(len(sample_ids), np.int64)
         is_bad = np.zeros(len(sample_ids), np.bool_)
-        groups, rows = (places.tolist() for places in self.plan.locate(sample_ids))
-
-        def decode(start: int) -> None:
-            for i in range(start, min(start + CHUNK, len(sample_ids))):
-                part, row = pictures[groups[i]], rows[i]
-                labels[i] = part.labels[row]
-                try:
-                    self._image(part, row, epoch, int(sample_ids[i]), images[i])
-                except DataError:
-                    images[i], is_bad[i] = _GREY, True
-
-        list(pool.map(decode, range(0, len(sample_ids), CHUNK)))
+        groups, rows = self.plan.locate(sample_ids)
+        for i, (sample_id, group, row) in enumerate(zip(sample_ids.tolist(), groups.tolist(), rows.tolist(), strict=True)):
+            labels[i] = pictures[group].labels[row]
+            try:
+                self._image(pictures[group], row, epoch, sample_id, images[i])
+            except DataError:
+                images[i], is_bad[i] = _GREY, True
         return {"image": images, "label": labels, "sample_id": sample_ids, "is_valid": is_valid & ~is_bad, "is_bad": is_bad & is_valid}
 
     def _image(self, pictures: _Pictures, row: int, epoch: int, sample_id: int, out: NDArray[np.uint8]) -> None:
