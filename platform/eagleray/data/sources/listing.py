@@ -102,6 +102,11 @@ def build_items(
     )
 
 
+def with_labels(items: pa.Table, labels: NDArray[np.int32]) -> pa.Table:
+    """Return the items with other labels, where those are known only when all are listed."""
+    return items.set_column(ITEM_SCHEMA.get_field_index("label"), ITEM_SCHEMA.field("label"), pa.array(labels, pa.int32()))
+
+
 def concat_items(tables: list[pa.Table]) -> pa.Table:
     """Return the items of several tables as one; chunks are numbered anew."""
     parts, first_chunk = [], 0

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eagleray import storage
-from eagleray.data.sources.listing import Listing, build_items, checked, concat_items, number_classes
+from eagleray.data.sources.listing import Listing, build_items, checked, concat_items, number_classes, with_labels
 from eagleray.data.sources.reading import PixelReader, gunzip
 from eagleray.errors import DataError
 
@@ -47,8 +47,7 @@ class Idx:
         if len(shapes) > 1:
             raise DataError(f"'{self.uri}': the pictures of train and test differ in size: {', '.join(map(str, sorted(shapes)))}")
         classes, labels = number_classes(np.concatenate([found for _, found, _ in parts.values()]), self.uri, self.class_names)
-        items = concat_items([table for table, _, _ in parts.values()])
-        items = items.set_column(items.schema.get_field_index("label"), "label", pa.array(labels, pa.int32()))
+        items = with_labels(concat_items([table for table, _, _ in parts.values()]), labels)
         return checked(self.uri, Listing(classes, items, PixelReader(root, (1, *shapes.pop()))))
 
     def _list_split(self, root: str, split: str, names: dict[str, str]) -> tuple[pa.Table, NDArray[np.uint8], tuple[int, int]]:

@@ -27,6 +27,7 @@ from eagleray.data.sources.listing import (
     concat_items,
     number_classes,
     split_of_path,
+    with_labels,
 )
 from eagleray.data.sources.patterns import matching_files
 from eagleray.data.sources.reading import RangeReader
@@ -94,8 +95,7 @@ class WebDataset:
         with ThreadPoolExecutor(LIST_THREADS) as pool:
             parts = list(pool.map(lambda file: self._list_tar(root, file), files))
         classes, labels = number_classes([label for _, found in parts for label in found], self.uri, self.class_names)
-        items = concat_items([table for table, _ in parts])
-        items = items.set_column(items.schema.get_field_index("label"), "label", pa.array(labels, pa.int32()))
+        items = with_labels(concat_items([table for table, _ in parts]), labels)
         return checked(self.uri, Listing(classes, items, RangeReader(root)))
 
     def _list_tar(self, root: str, file: str) -> tuple[pa.Table, list[str]]:
