@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BUCKET = "quickstart"
 SESSION_NAME = "session.env"
+VARIANTS = ("champion", "challenger")
 
 
 class Stages:
@@ -107,7 +108,7 @@ def run_quickstart(
         with stages("register", "register: champion and challenger"):
             runner_up = _runner_up(search)
             challenger = api.register_trial(search, runner_up, alias="challenger")
-            for alias, version in (("champion", trained.version), ("challenger", challenger)):
+            for alias, version in zip(VARIANTS, (trained.version, challenger), strict=True):
                 console.print(
                     f"  {alias:<10} {version.reference}  {version.tags['architecture']}  held-out top-1 {100 * float(version.tags['test_top1']):.1f} %"
                 )
@@ -208,38 +209,42 @@ def _runner_up(search: SearchResult) -> TrialResult:
 def _send_held_out(url: str, job: JobConfig, classes: list[str]) -> dict[str, dict[str, float]]:
     """Classify the held-out pictures over HTTP, one user each, and tell the endpoint what they were.
 
+    The other variant then classifies each picture as for a tester, which the experiment does not count: both are judged
+    by the same pictures.
+
     Returns:
-        variant → requests, share, top1 (fractions), p50_ms, p99_ms (as the client measured).
+        variant → requests, share, p50_ms, p99_ms (of the users' requests, as the client measured), and top1 of all
+        pictures (share and top1 are fractions).
     """
     import httpx
     import numpy as np
 
-    correct: dict[str, list[bool]] = {}
-    latencies: dict[str, list[float]] = {}
+    correct: dict[str, list[bool]] = {name: [] for name in VARIANTS}
+    latencies: dict[str, list[float]] = {name: [] for name in VARIANTS}
     assert job.data.test is not None
     with httpx.Client(base_url=url, timeout=30.0) as client:
         for key, picture, label in _held_out(job.data.test):
             start = time.perf_counter()
-            answer = _post_picture(client, job.name, key, picture)
-            elapsed_ms = 1000 * (time.perf_counter() - start)
-            correct.setdefault(answer["variant"], []).append(answer["predictions"][0]["label"] == classes[label])
-            latencies.setdefault(answer["variant"], []).append(elapsed_ms)
+            answer = _post_picture(client, job.name, picture, {"X-Routing-Key": key})
+            latencies[answer["variant"]].append(1000 * (time.perf_counter() - start))
             client.post("/feedback", json={"request_id": answer["request_id"], "label": classes[label]}).raise_for_status()
-    total = sum(len(results) for results in correct.values())
+            others = [_post_picture(client, job.name, picture, {"X-Variant": name}) for name in VARIANTS if name != answer["variant"]]
+            for given in (answer, *others):
+                correct[given["variant"]].append(given["predictions"][0]["label"] == classes[label])
     return {
         variant: {
-            "requests": len(results),
-            "share": len(results) / total,
+            "requests": len(latencies[variant]),
+            "share": len(latencies[variant]) / len(results),
             "top1": sum(results) / len(results),
-            "p50_ms": float(np.percentile(latencies[variant], 50)),
-            "p99_ms": float(np.percentile(latencies[variant], 99)),
+            "p50_ms": float(np.percentile(latencies[variant] or [np.nan], 50)),
+            "p99_ms": float(np.percentile(latencies[variant] or [np.nan], 99)),
         }
-        for variant, results in sorted(correct.items())
+        for variant, results in correct.items()
     }
 
 
-def _post_picture(client: httpx.Client, model: str, key: str, picture: bytes) -> dict[str, Any]:
-    response = client.post(f"/predict/{model}", content=picture, headers={"X-Routing-Key": key})
+def _post_picture(client: httpx.Client, model: str, picture: bytes, headers: dict[str, str]) -> dict[str, Any]:
+    response = client.post(f"/predict/{model}", content=picture, headers=headers)
     response.raise_for_status()
     answer: dict[str, Any] = response.json()
     return answer
@@ -265,8 +270,7 @@ def _summary(
     run_uri: str,
 ) -> dict[str, Any]:
     def variant(name: str, version: ModelVersion) -> dict[str, Any]:
-        of_all = {"test_top1": float(version.tags["test_top1"])}  # `top1` is of those held-out pictures that the variant answered
-        return {"version": version.version, "architecture": version.tags["architecture"], **of_all, **results.get(name, {})}
+        return {"version": version.version, "architecture": version.tags["architecture"], **results.get(name, {})}
 
     return {
         "seconds": {**stages.seconds, "total": round(seconds, 1)},
@@ -295,7 +299,7 @@ def _print_summary(console: Console, summary: dict[str, Any], report: dict[str, 
     table = Table(title="A/B test on the held-out pictures", box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("variant", "version", "architecture", "requests", "share", "top-1", "p50 ms", "p99 ms"):
         table.add_column(column, justify="left" if column in ("variant", "version", "architecture") else "right")
-    for name in ("champion", "challenger"):
+    for name in VARIANTS:
         row = summary[name]
         table.add_row(
             name,
