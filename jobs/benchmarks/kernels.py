@@ -17,7 +17,7 @@ from jobs.benchmarks import harness
 from jobs.benchmarks.harness import Report, console
 from jobs.benchmarks.pictures import make_pictures
 
-OURS = ("torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "numpy", "pydantic")
+OURS = ("torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "numba", "numpy", "pydantic")
 REQUIREMENTS = (*(f"{package}=={harness.version(package)}" for package in OURS), "PyTurboJPEG")
 """Beside eagleray's own versions: what its decoding imports, and what it does not use itself."""
 

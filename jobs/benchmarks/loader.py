@@ -466,7 +466,7 @@ def _store(directory: Path, is_needed: bool) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmarks.loader", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="600 pictures, one round, no scaling: about three minutes")
+    parser.add_argument("--quick", action="store_true", help="600 pictures, one round, no scaling")
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     parser.add_argument("--dir", type=Path, help="keep the pictures and data sets there, and use those that are there")

@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional
 
 from eagleray.config.schema import AugmentConfig
 from eagleray.data.decode import image_size
+from eagleray.data.tiling import tile
 from eagleray.data.transforms import decode_train, random_resized_crop
 
 Pixels = NDArray[np.uint8]
@@ -36,10 +37,14 @@ SIDE = (IMAGE_SIZE, IMAGE_SIZE)
 
 @dataclass(frozen=True)
 class Picture:
-    """`box` is (left, top, width, height) in pixels; `number` is the seed from which it and the flip were drawn."""
+    """`box` is (left, top, width, height) in pixels; `number` is the seed from which it and the flip were drawn.
+
+    `tiled` is what ingest makes of `data`.
+    """
 
     number: int
     data: bytes
+    tiled: bytes
     size: tuple[int, int]
     box: tuple[int, int, int, int]
     is_flipped: bool
@@ -49,11 +54,15 @@ class Picture:
         assert AUGMENT.crop_scale is not None
         size, rng = image_size(data), np.random.default_rng(number)
         box = random_resized_crop(size, AUGMENT.crop_scale, AUGMENT.crop_ratio, rng)
-        return cls(number, data, size, box, bool(rng.random() < AUGMENT.flip))
+        return cls(number, data, tile(data), size, box, bool(rng.random() < AUGMENT.flip))
 
 
-def eagleray(picture: Picture) -> Pixels:
+def eagleray_tiled(picture: Picture) -> Pixels:
     """Draws its crop itself, which is in its time and in no other's."""
+    return decode_train(picture.tiled, picture.size, AUGMENT, IMAGE_SIZE, np.random.default_rng(picture.number))
+
+
+def eagleray_untiled(picture: Picture) -> Pixels:
     return decode_train(picture.data, picture.size, AUGMENT, IMAGE_SIZE, np.random.default_rng(picture.number))
 
 
@@ -126,7 +135,8 @@ def available_kernels() -> tuple[dict[str, Callable[[Picture], Pixels]], dict[st
         "OpenCV": opencv,
         "OpenCV, reduced": opencv_reduced,
         "simplejpeg": simplejpeg_full,
-        "eagleray decode_train": eagleray,
+        "eagleray, tiled at ingest": eagleray_tiled,
+        "eagleray, not tiled": eagleray_untiled,
     }
     try:
         kernels["PyTurboJPEG"] = pyturbojpeg()
