@@ -193,8 +193,8 @@ def resize(image: NDArray[np.uint8], width: int, height: int, out: NDArray[np.ui
 
     Shrinking by r, antialiased bilinear averages with a triangle of half-width r, whose variance is
     r²/6. The same variance comes from a short binomial-like filter of variance (r² - 1)/6 before plain
-    bilinear interpolation (a triangle of half-width 1), which takes a third of the time of OpenCV's area
-    average and is nearer to torchvision's pixels.
+    bilinear interpolation (a triangle of half-width 1). It is cheaper than OpenCV's area average and no
+    further from torchvision's pixels (`jobs/benchmarks/kernels.py`).
     """
     shrink_x, shrink_y = image.shape[1] / width, image.shape[0] / height
     if max(shrink_x, shrink_y) > _MAX_FILTERED_SHRINK:
