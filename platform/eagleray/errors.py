@@ -22,12 +22,24 @@ class StorageError(EagleRayError):
     """A URI that cannot be read or written."""
 
 
+class StorageFullError(StorageError):
+    """A disk on which no space is left."""
+
+
 class DataError(EagleRayError):
     """Pictures, shards or manifests that cannot be used."""
 
 
 class TrainingError(EagleRayError):
     """A training run that cannot start or go on."""
+
+
+class Interrupted(EagleRayError):
+    """A run that was asked to stop and has saved where it is; `signal_number` is what asked."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 class SearchError(EagleRayError):

@@ -12,19 +12,20 @@ read anew, for what outlasts that. An operation without any progress ends in an 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
 import secrets
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from eagleray.errors import StorageError
+from eagleray.errors import StorageError, StorageFullError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ RENEW_FOR_S = 10.0
 
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 5.0
+
+LIST_TRIES = 10
 """The longest pause before the next try doubles from the first to this; it is drawn from zero up (full jitter)."""
 
 T = TypeVar("T")
@@ -219,7 +222,8 @@ def _explained(uri: str, action: str) -> Iterator[None]:
     except PermissionError as error:
         raise StorageError(f"'{uri}': permission denied while trying to {action}; check your rights there") from error
     except (OSError, pa.ArrowException, BotoCoreError, ClientError) as error:
-        raise StorageError(f"'{uri}': could not {action}: {reason(error)}") from error
+        kind = StorageFullError if getattr(error, "errno", None) == errno.ENOSPC else StorageError
+        raise kind(f"'{uri}': could not {action}: {reason(error)}") from error
 
 
 def _run(uri: str, action: str, operation: Callable[[pafs.FileSystem, str], T]) -> T:
@@ -295,12 +299,14 @@ def list_files_with_sizes(uri: str) -> list[tuple[str, int]]:
     """Return (URI, size in bytes) of all files under `uri`, sorted; empty where there is nothing."""
     import pyarrow.fs as pafs
 
+    def look(filesystem: pafs.FileSystem, path: str) -> Any:
+        for _ in range(LIST_TRIES - 1):
+            with suppress(FileNotFoundError):  # a file that was given its final name, or deleted, in this moment
+                return filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        return filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+
     prefix = "" if is_local(uri) else "s3://"
-    infos = _run(
-        uri,
-        "list it",
-        lambda filesystem, path: filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True)),
-    )
+    infos = _run(uri, "list it", look)
     return sorted((prefix + info.path, info.size) for info in infos if info.is_file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,29 @@ from eagleray.config.schema import JobConfig
 from eagleray.data.shards import Manifest, encode_shard, manifest_uri
 
 
-def write_digit_shards(root: Path, damaged: int | None = None) -> Path:
-    """Write 480 digits as `train` and 120 as `val` and `test` below `root`; one of the training pictures may be zeros only."""
+def write_digit_shards(
+    root: Path, damaged: int | None = None, *, white: int | None = None, num_train: int = 480, class_of: Callable[[int], str] = str
+) -> Path:
+    """Write 480 digits as `train` and 120 as `val` and `test` below `root`.
+
+    Args:
+        damaged: training picture whose bytes are zeros only.
+        white: training picture that is nothing but white.
+    """
     import cv2
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
-    classes = [str(label) for label in range(10)]
-    for split, part in (("train", order[:480]), ("val", order[480:600]), ("test", order[600:720])):
+    images = (digits.images * 255 / 16).astype(np.uint8)
+    if white is not None:
+        images[order[white]] = 255
+    classes = list(dict.fromkeys(class_of(digit) for digit in range(10)))
+    for split, part in (("train", order[:num_train]), ("val", order[480:600]), ("test", order[600:720])):
         rows = [
             {
                 "key": f"{index}.png",
-                "image": cv2.imencode(".png", (digits.images[index] * 255 / 16).astype(np.uint8))[1].tobytes(),
-                "label": int(digits.target[index]),
+                "image": cv2.imencode(".png", images[index])[1].tobytes(),
+                "label": classes.index(class_of(int(digits.target[index]))),
                 "width": 8,
                 "height": 8,
             }

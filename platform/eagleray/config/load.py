@@ -25,20 +25,20 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
     Raises:
         ConfigError: no such file, not YAML, or a key or value that cannot be; names the key.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"'{path}': no such job file; see jobs/ for examples to copy") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}': cannot be read ({error})") from None
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"'{path}': not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"'{path}': a job file is a mapping of sections (name, data, train, …), this is {_kind(document)}")
-    return build_job(document, overrides or [], source=str(path))
+    return build_job(_read_mapping(path, "job file", "see jobs/ for examples to copy"), overrides or [], source=str(path))
+
+
+def load_section(section: type[S], path: str | Path, kind: str, example: str) -> S:
+    """Read and check a file that is one section, such as a cluster description.
+
+    Args:
+        kind: what such a file is called.
+        example: file to copy.
+
+    Raises:
+        ConfigError: no such file, not YAML, or a key or value that cannot be; names the key.
+    """
+    return build_section(section, _read_mapping(path, kind, f"copy {example}"), str(path))
 
 
 def build_job(document: dict[str, Any], overrides: list[str] | None = None, source: str = "job") -> JobConfig:
@@ -48,7 +48,7 @@ def build_job(document: dict[str, Any], overrides: list[str] | None = None, sour
     try:
         return JobConfig.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+        raise ConfigError(f"{source}: {_first_problem(error, JobConfig)}") from None
 
 
 def build_section(section: type[S], values: dict[str, Any], name: str) -> S:
@@ -60,7 +60,7 @@ def build_section(section: type[S], values: dict[str, Any], name: str) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{name}: {_first_problem(error)}") from None
+        raise ConfigError(f"{name}: {_first_problem(error, section)}") from None
 
 
 def with_values(job: JobConfig, values: dict[str, Any]) -> JobConfig:
@@ -74,6 +74,20 @@ def with_values(job: JobConfig, values: dict[str, Any]) -> JobConfig:
 def dump_job(job: JobConfig) -> str:
     """Return the resolved job file, defaults included, as YAML."""
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_mapping(path: str | Path, kind: str, remedy: str) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"'{path}': no such {kind}; {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}': cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{path}': not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"'{path}': a {kind} is a mapping of keys to values, this is {_kind(document)}; {remedy}")
+    return document
 
 
 def _with_override(document: dict[str, Any], override: str) -> dict[str, Any]:
@@ -115,7 +129,7 @@ def _copy(node: Any) -> Any:
     return {key: _copy(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, root: type[BaseModel]) -> str:
     problems = error.errors(include_url=False)
     # An unknown key explains the others: the value it was meant to give is then missing elsewhere.
     ranks = {"extra_forbidden": 0, "value_error": 1}
@@ -124,7 +138,7 @@ def _first_problem(error: ValidationError) -> str:
     key = ".".join(location)
     rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], root)
         hint = near_miss(location[-1], known) or f"; known keys there: {', '.join(known)}"
         return f"unknown key '{key}'{hint}{rest}"
     if problem["type"] == "missing":
@@ -143,8 +157,8 @@ def _is_union_tag(part: Any) -> bool:
     return isinstance(part, str) and (part[:1].isupper() or part in _UNION_TAGS or "[" in part)
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    model: Any = JobConfig
+def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
+    model: Any = root
     for part in location:
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         model = _section_of(field.annotation) if field is not None else _section_of(model)

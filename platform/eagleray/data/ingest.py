@@ -34,6 +34,8 @@ from eagleray.errors import ConfigError, DataError, EagleRayError
 
 MAX_REFUSED_NAMED = 1000
 TASK_CPUS = 0.5
+LAST_TASKS_S = 30.0
+"""Where a run ends early, it waits so long for the tasks that it has started."""
 NOTE_THREADS = 16
 NOTES_FOLDER = "_parts"
 
@@ -237,14 +239,15 @@ def _write_shards(
     progress(done, total)
     write = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_write_shard)
     shared = ray.put(listing)
-    running = {}
-    for split, index in places:
-        if (split, index) not in written:
-            part = parts[split]
-            task = write.remote(shared, part.shards[index], part.uri, part.shard_path(index), part.note_uri(index), config)
-            running[task] = (split, index)
+    waiting = [place for place in reversed(places) if place not in written]
+    running: dict[ray.ObjectRef, tuple[str, int]] = {}
     try:
-        while running:
+        while waiting or running:
+            for _ in range(min(len(waiting), _most_running() - len(running))):
+                split, index = waiting.pop()
+                part = parts[split]
+                task = write.remote(shared, part.shards[index], part.uri, part.shard_path(index), part.note_uri(index), config)
+                running[task] = (split, index)
             ready, _ = ray.wait(list(running), timeout=1.0)
             claim.check()
             for ref in ready:
@@ -253,7 +256,9 @@ def _write_shards(
                 done += len(parts[split].shards[index])
                 progress(done, total)
     finally:
-        _cancel(list(running))
+        # Nothing is written after this. Not `ray.cancel`: a task that ends in that moment makes Ray abort the process.
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=LAST_TASKS_S)
     return {split: [written[split, index] for index in range(len(part.shards))] for split, part in parts.items()}
 
 
@@ -267,12 +272,9 @@ def _result(ref: ray.ObjectRef) -> _Shard:
     return shard
 
 
-def _cancel(refs: list[ray.ObjectRef]) -> None:
-    """Cancel tasks and return when they have ended, so that nothing is written after this."""
-    for ref in refs:
-        ray.cancel(ref)
-    if refs:
-        ray.wait(refs, num_returns=len(refs), timeout=30.0)
+def _most_running() -> int:
+    """Return how many tasks to have at once: a second set waits, so that no CPU does and an autoscaler sees demand."""
+    return max(2, 2 * int(ray.cluster_resources().get("CPU", 1) / TASK_CPUS))
 
 
 def _publish(part: _Part, split: str, classes: list[str], shards: list[_Shard], source: dict[str, Any]) -> Manifest:

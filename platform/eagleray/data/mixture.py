@@ -42,7 +42,7 @@ class Mixture:
         parts = [[manifest.digest, weight] for manifest, weight in zip(self.manifests, self.weights, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def plan(self, global_batch_size: int, lanes: int, window_size: int, seed: int | None) -> EpochPlan:
+    def plan(self, global_batch_size: int, lanes: int, window_size: int | None, seed: int | None) -> EpochPlan:
         return EpochPlan.of(self.manifests, global_batch_size, lanes, window_size, seed, self.weights)
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ follow one another, and an epoch takes the next `weight` passes' worth of sample
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,20 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from eagleray.data.shards import Manifest
+
+
+MIN_WINDOW_SIZE = 1024
+MIN_WINDOW_STEPS = 8
+MIN_WINDOW_ROW_GROUPS = 32
+
+
+def default_window_size(rows: int, row_groups: int, global_batch_size: int) -> int:
+    """Return how many samples to mix at a time.
+
+    A rank reads its part of a window at once, so that a small one needs little memory and gives the first batch soon.
+    But it has to hold many row groups, for batches that are well mixed, and enough work for a task for each of many ranks.
+    """
+    return max(MIN_WINDOW_SIZE, MIN_WINDOW_STEPS * global_batch_size, MIN_WINDOW_ROW_GROUPS * -(-rows // row_groups))
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class EpochPlan:
         row_groups: in the manifests' order.
         global_batch_size: samples per step over all ranks; a multiple of `lanes`.
         lanes: parts of a global batch.
-        window_size: samples mixed at a time; rounded up to whole batches.
+        window_size: samples mixed at a time, about: an epoch is cut into windows of equally many steps.
         seed: None keeps the manifests' order (evaluation).
         weights: how often a sample of each data set comes in an epoch, on average over epochs.
     """
@@ -77,11 +92,15 @@ class EpochPlan:
         manifests: Manifest | Sequence[Manifest],
         global_batch_size: int,
         lanes: int,
-        window_size: int,
+        window_size: int | None,
         seed: int | None,
         weights: Sequence[float] | None = None,
     ) -> EpochPlan:
-        """Plan over one data set, or over several mixed by `weights` (all 1 by default)."""
+        """Plan over one data set, or over several mixed by `weights` (all 1 by default).
+
+        Args:
+            window_size: None: see `default_window_size`.
+        """
         assert global_batch_size % lanes == 0
         parts = list(manifests) if isinstance(manifests, Sequence) else [manifests]
         groups, first_id = [], 0
@@ -90,7 +109,8 @@ class EpochPlan:
                 for index, rows in enumerate(shard.row_group_rows):
                     groups.append(RowGroup(part, shard.path, index, first_id, rows))
                     first_id += rows
-        return cls(tuple(groups), global_batch_size, lanes, window_size, seed, tuple(weights or [1.0] * len(parts)))
+        size = window_size or default_window_size(first_id, len(groups), global_batch_size)
+        return cls(tuple(groups), global_batch_size, lanes, size, seed, tuple(weights or [1.0] * len(parts)))
 
     @cached_property
     def num_rows(self) -> int:
@@ -102,18 +122,13 @@ class EpochPlan:
         return -(-self.num_rows // self.global_batch_size)
 
     @property
-    def steps_per_window(self) -> int:
-        """Steps of every window but the last, which takes up to twice as many."""
-        return -(-self.window_size // self.global_batch_size)
-
-    @property
     def num_windows(self) -> int:
-        return max(1, self.num_rows // (self.steps_per_window * self.global_batch_size))
+        return len(self._window_starts) - 1
 
     def window_of(self, step: int) -> tuple[int, int]:
         """Return the window that holds `step` of an epoch, and the step's place within it."""
-        window = min(step // self.steps_per_window, self.num_windows - 1)
-        return window, step - window * self.steps_per_window
+        window = bisect_right(self._window_starts, step) - 1
+        return window, step - self._window_starts[window]
 
     def num_valid(self, step: int) -> int:
         """Return how many samples of global batch `step` count: all but in the last batch of an epoch."""
@@ -128,7 +143,7 @@ class EpochPlan:
         is_valid = np.empty((steps, self.lanes, per_lane), np.bool_)
         for lane, stored in enumerate(np.array_split(ids, self.lanes)):
             part = stored if self.seed is None else np.random.default_rng([self.seed, epoch, window, lane]).permutation(stored)
-            filler = part if len(part) else ids
+            filler = part[::-1] if len(part) else ids  # the latest, which may still be at hand
             sample_ids[:, lane] = np.concatenate([part, np.resize(filler, steps * per_lane - len(part))]).reshape(steps, per_lane)
             is_valid[:, lane] = (np.arange(steps * per_lane) < len(part)).reshape(steps, per_lane)
         return Steps(sample_ids.reshape(steps, -1), is_valid.reshape(steps, -1))
@@ -147,9 +162,8 @@ class EpochPlan:
         return groups, sample_ids - self._first_ids[groups]
 
     def _window_ids(self, epoch: int, window: int) -> NDArray[np.int64]:
-        size = self.steps_per_window * self.global_batch_size
-        start = window * size
-        stop = self.num_rows if window == self.num_windows - 1 else start + size
+        start = self._window_starts[window] * self.global_batch_size
+        stop = min(self._window_starts[window + 1] * self.global_batch_size, self.num_rows)
         groups, firsts, lasts = self._epoch_slices(epoch)
         ends = np.cumsum(lasts - firsts)
         begin, end = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left") + 1
@@ -173,6 +187,13 @@ class EpochPlan:
                 slices.append(taken[:, taken[1] < taken[2]])
         joined = np.concatenate(slices, axis=1)
         return joined if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(joined, axis=1)
+
+    @cached_property
+    def _window_starts(self) -> list[int]:
+        """The first step of each window, and the end of the epoch."""
+        steps = self.steps_per_epoch
+        windows = min(max(1, round(steps * self.global_batch_size / self.window_size)), steps)
+        return [window * steps // windows for window in range(windows + 1)]
 
     @cached_property
     def _part_samples(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ one is being validated.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from eagleray.data.window import WindowDecoder
+from eagleray.placement import off_group
 
 WINDOWS_PER_EXECUTION = 500
 """Windows handed to one Ray Data execution; a longer stream is several executions."""
@@ -48,6 +50,11 @@ class DecodeResources:
 
     tasks: int = 1
     cpus: float = 1.0
+
+    @classmethod
+    def on(cls, cores: int) -> DecodeResources:
+        """Keep `cores` busy: with one task more than cores none of them waits while a task ends and the next one starts."""
+        return cls(cores + 1, math.floor(cores / (cores + 1) * 100) / 100)
 
 
 class BatchStream:
@@ -90,10 +97,14 @@ class BatchStream:
                 epoch, window = windows[place]
                 yield from decoder.blocks(epoch, window, rank, world_size, skipped if place == 0 else 0)
 
-        # One block per window, put rather than read: a read stage would ask for whole CPUs of its own.
+        # One block per window, put rather than read: a read stage, and `from_arrow` too, would ask for a whole CPU of their own.
         places = [pa.table({"place": [place]}) for place in range(len(windows))]
-        dataset = ray.data.from_arrow(places).map_batches(
-            decode, batch_size=None, num_cpus=self.resources.cpus, compute=ray.data.TaskPoolStrategy(self.resources.tasks)
+        dataset = ray.data.from_blocks(places).map_batches(
+            decode,
+            batch_size=None,
+            num_cpus=self.resources.cpus,
+            compute=ray.data.TaskPoolStrategy(self.resources.tasks),
+            label_selector=off_group("serve"),
         )
         options = dataset.context.execution_options
         options.preserve_order = True

@@ -154,7 +154,8 @@ def normalize(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tenso
     """
     import torch
 
-    mean = torch.tensor(preprocessing.mean, device=images.device).mul_(255)
-    std = torch.tensor(preprocessing.std, device=images.device).mul_(255)
+    # Not in place: exporters would see the constants as they are afterwards, and multiply once more.
+    mean = torch.tensor(preprocessing.mean, device=images.device) * 255
+    std = torch.tensor(preprocessing.std, device=images.device) * 255
     # NHWC in memory seen as NCHW is channels-last already; no copy is made.
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eagleray import storage
-from eagleray.config.schema import AugmentConfig
+from eagleray.config.schema import AugmentConfig, TrainSize
 from eagleray.data.plan import EpochPlan
 from eagleray.data.shards import ReadOptions, read_row_groups
 from eagleray.data.transforms import Preprocessing, decode_eval, decode_train
@@ -48,6 +48,8 @@ class WindowDecoder:
     augment: AugmentConfig | None
     read_options: tuple[ReadOptions, ...] = ()
     """Of the plan's data sets; empty: the defaults."""
+    train_size: TrainSize | None = None
+    """None: the preprocessing's size in all epochs."""
 
     def blocks(self, epoch: int, window: int, rank: int, world_size: int, first_step: int = 0) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield blocks of whole batches, in order, from `first_step` of the window on.
@@ -58,7 +60,7 @@ class WindowDecoder:
         steps = self.plan.rank_window(epoch, window, rank, world_size)
         sample_ids, is_valid = steps.sample_ids[first_step:], steps.is_valid[first_step:]
         pictures = self._read(np.unique(self.plan.locate(sample_ids.ravel())[0]))
-        steps_per_block = self._steps_per_block(world_size)
+        steps_per_block = self._steps_per_block(world_size, self._image_size(epoch))
         cv2.setNumThreads(1)  # tasks run side by side instead
         for start in range(0, len(sample_ids), steps_per_block):
             stop = start + steps_per_block
@@ -69,23 +71,27 @@ class WindowDecoder:
         place, row = (int(found[0]) for found in self.plan.locate(np.array([sample_id])))
         group = self.plan.row_groups[place]
         table = self._read_shard(group.part, group.shard_path, [group.index])[0]
-        size = self.preprocessing.image_size
+        size = self._image_size(0)
         reason = "cannot be decoded"
         try:
-            self._image(_Pictures(table), row, 0, sample_id, np.empty((size, size, 3), np.uint8))
+            self._image(_Pictures(table), row, SampleRandom(0, 0).of(sample_id), np.empty((size, size, 3), np.uint8))
         except DataError as error:
             reason = str(error)
         return {"key": table["key"][row].as_py(), "shard": storage.join(self.uris[group.part], group.shard_path), "reason": reason}
 
     def block_bytes(self, world_size: int) -> int:
-        """Return the size of a full block of one of `world_size` ranks."""
-        return self._steps_per_block(world_size) * self._step_bytes(world_size)
+        """Return the size of the smallest full block, over all epochs, of one of `world_size` ranks."""
+        sizes = {self._image_size(epoch) for epoch in range(1 + (self.train_size.ramp_epochs[1] if self.train_size else 0))}
+        return min(self._steps_per_block(world_size, size) * self._step_bytes(world_size, size) for size in sizes)
 
-    def _steps_per_block(self, world_size: int) -> int:
-        return max(1, BLOCK_BYTES // self._step_bytes(world_size))
+    def _steps_per_block(self, world_size: int, image_size: int) -> int:
+        return max(1, BLOCK_BYTES // self._step_bytes(world_size, image_size))
 
-    def _step_bytes(self, world_size: int) -> int:
-        return self.plan.global_batch_size // world_size * self.preprocessing.image_size**2 * 3
+    def _step_bytes(self, world_size: int, image_size: int) -> int:
+        return self.plan.global_batch_size // world_size * image_size**2 * 3
+
+    def _image_size(self, epoch: int) -> int:
+        return self.preprocessing.image_size if self.train_size is None else self.train_size.of_epoch(epoch)
 
     def _read_shard(self, part: int, path: str, row_groups: list[int]) -> list[pa.Table]:
         return read_row_groups(self.uris[part], path, row_groups, self.read_options[part] if self.read_options else ReadOptions())
@@ -114,26 +120,50 @@ class WindowDecoder:
         epoch: int,
         pictures: dict[int, _Pictures],
     ) -> dict[str, NDArray[Any]]:
-        size = self.preprocessing.image_size
+        size = self._image_size(epoch)
         images = np.empty((len(sample_ids), size, size, 3), np.uint8)
         labels = np.empty(len(sample_ids), np.int64)
         is_bad = np.zeros(len(sample_ids), np.bool_)
         groups, rows = self.plan.locate(sample_ids)
+        random = SampleRandom(self.plan.seed or 0, epoch)
+        done: dict[int, int] = {}
         for i, (sample_id, group, row) in enumerate(zip(sample_ids.tolist(), groups.tolist(), rows.tolist(), strict=True)):
             labels[i] = pictures[group].labels[row]
+            twin = done.setdefault(sample_id, i)
+            if twin != i:  # it fills up the last batch, or its data set goes round more than once
+                images[i], is_bad[i] = images[twin], is_bad[twin]
+                continue
             try:
-                self._image(pictures[group], row, epoch, sample_id, images[i])
+                self._image(pictures[group], row, random.of(sample_id), images[i])
             except DataError:
                 images[i], is_bad[i] = _GREY, True
         return {"image": images, "label": labels, "sample_id": sample_ids, "is_valid": is_valid & ~is_bad, "is_bad": is_bad & is_valid}
 
-    def _image(self, pictures: _Pictures, row: int, epoch: int, sample_id: int, out: NDArray[np.uint8]) -> None:
+    def _image(self, pictures: _Pictures, row: int, rng: np.random.Generator, out: NDArray[np.uint8]) -> None:
         data, size = pictures.data(row), pictures.sizes[row]
         if self.augment is None:
             out[:] = decode_eval(data, size, self.preprocessing)
             return
-        rng = np.random.default_rng([self.plan.seed or 0, epoch, sample_id])
-        decode_train(data, size, self.augment, self.preprocessing.image_size, rng, out)
+        decode_train(data, size, self.augment, len(out), rng, out)
+
+
+class SampleRandom:
+    """The random numbers of each sample in an epoch: a pure function of (seed, epoch, sample id).
+
+    Philox counts (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so that a sample's numbers
+    are had by setting its counter, at a fraction of the cost of a new generator.
+    """
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        self._philox = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+        self._generator = np.random.Generator(self._philox)
+        self._start: Any = self._philox.state
+
+    def of(self, sample_id: int) -> np.random.Generator:
+        """Return a sample's generator, to be used before the next one is asked for."""
+        self._start["state"]["counter"][:] = (0, 0, sample_id, 0)
+        self._philox.state = self._start
+        return self._generator
 
 
 class _Pictures:

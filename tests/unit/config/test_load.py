@@ -24,6 +24,10 @@ JOB: dict[str, Any] = {"name": "pets", "data": {"train": "shards/train", "val": 
         ("train.num_workers={min: 4, max: 2}", r"min 4 is above max 2"),
         ("train.global_batch_size=100", r"100 is not a multiple of data.lanes 8; use 96"),
         ("train.num_workers=3", r"data.lanes 8 is not a multiple of train.num_workers 3; set data.lanes to 9"),
+        ("train.accumulate=3", r"accumulate 3 does not divide the 1024 pictures that each of 1 workers takes.*use a divisor of 1024"),
+        ("data.train_size={start: 160, end: 192, ramp_epochs: [13, 11]}", r"data.train_size.ramp_epochs: the range \[13, 11\] is inverted"),
+        ("data.train_size={start: 160, ned: 192}", r"unknown key 'data.train_size.ned' \(did you mean 'end'\?\)"),
+        ("train.schedule.name=onecycle", r"'train.schedule.name': input should be .*'one_cycle'"),
         ("train.epochs=5", r"warmup_epochs 5.0 must be below train.epochs 5"),
         ("data.augment.crop_scale=[1.0, 0.5]", r"range \[1.0, 0.5\] is inverted"),
         ("ingest.split={val: 0.6, test: 0.5}", r"leaves none for 'train'"),
@@ -84,6 +88,17 @@ def test_a_missing_file_is_named() -> None:
 
 def test_the_job_files_that_users_copy_are_valid(repository: Path) -> None:
     files = sorted((repository / "jobs").glob("*.yaml"))
-    assert {"quickstart", "train_resnet50_imagenet"} <= {path.stem for path in files}
+    assert {"quickstart", "train_resnet50_imagenet", "fine_tune"} <= {path.stem for path in files}
     for path in files:
         load_job(path)
+
+
+def test_relative_paths_are_those_of_where_the_job_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers have working directories of their own."""
+    monkeypatch.chdir(tmp_path)
+    job = build_job({"name": "pets", "data": {"train": [{"uri": "./data/train"}], "val": "data/val"}})
+    assert job.data.train_parts[0].uri == str(tmp_path / "data" / "train")
+    assert job.data.val == str(tmp_path / "data" / "val")
+    assert job.workspace.root == str(tmp_path / "eagleray")
+    with pytest.raises(ConfigError, match=r"data.val: .*the scheme 'gs://' is not supported"):
+        build_job({"name": "pets", "data": {"train": "data/train", "val": "gs://bucket/val"}})

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from eagleray.data.plan import EpochPlan, RowGroup
+from eagleray.data.plan import EpochPlan, RowGroup, default_window_size
 
 
 def make_plan(
@@ -70,6 +70,18 @@ def test_a_position_within_an_epoch_is_found_again() -> None:
     for step in range(plan.steps_per_epoch):
         window, place = plan.window_of(step)
         assert (plan.window(3, window).sample_ids[place] == batches[step]).all()
+
+
+@pytest.mark.parametrize(("rows", "row_groups", "batch", "size"), [(2_000, 80, 64, 1024), (2_000, 80, 256, 2048), (60_000, 24, 64, 80_000)])
+def test_a_window_holds_a_thousand_samples_eight_batches_or_many_row_groups(rows: int, row_groups: int, batch: int, size: int) -> None:
+    assert default_window_size(rows, row_groups, batch) == size
+
+
+@pytest.mark.parametrize(("num_rows", "lengths"), [(600, [10]), (1600, [12, 13]), (2000, [16, 16]), (2500, [20, 20]), (2700, [14, 14, 15])])
+def test_windows_are_equally_long(num_rows: int, lengths: list[int]) -> None:
+    """As near to the size asked for as whole steps allow, so that no task needs twice the memory of another."""
+    plan = make_plan(num_rows, window=1024)
+    assert [len(plan.window(0, window).sample_ids) for window in range(plan.num_windows)] == lengths
 
 
 def test_locate_finds_the_row_of_each_sample() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
@@ -16,7 +15,7 @@ from eagleray.data.plan import EpochPlan
 from eagleray.data.shards import Manifest, encode_shard
 from eagleray.data.tiling import tile
 from eagleray.data.transforms import Preprocessing, decode_train
-from eagleray.data.window import WindowDecoder
+from eagleray.data.window import SampleRandom, WindowDecoder
 
 PREPROCESSING = Preprocessing(image_size=96, eval_resize=112)
 
@@ -38,7 +37,7 @@ def test_tiled_jpegs_are_decoded_by_tiles_and_give_their_own_pixels(tmp_path: Pa
     for window in range(plan.num_windows):
         for block in decoder.blocks(0, window, 0, 1):
             for image, label, sample_id in zip(block["image"], block["label"], block["sample_id"], strict=True):
-                rng = np.random.default_rng([3, 0, sample_id])
+                rng = SampleRandom(3, 0).of(sample_id)
                 assert (image == decode_train(pictures[sample_id], (400, 300), AugmentConfig(), 96, rng)).all()
                 assert label == sample_id % 2
                 seen.append(sample_id)
