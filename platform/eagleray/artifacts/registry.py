@@ -69,10 +69,40 @@ class Registry:
         run_id = str(run.info.run_id)
         params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in _flat(job.model_dump(mode="json")).items()]
         self._client.log_batch(run_id, params=params)
-        job_uri = storage.join(self._artifacts_uri, run_id, "artifacts", "job.yaml")
-        storage.write_bytes(job_uri, dump_job(job).encode())
-        self._client.set_tag(run_id, "job_uri", job_uri)
+        self.log_artifact(run_id, "job.yaml", dump_job(job).encode())
+        self._client.set_tag(run_id, "job_uri", storage.join(self._artifacts_uri, run_id, "artifacts", "job.yaml"))
         return run_id
+
+    def reopen_run(self, run_name: str, job: JobConfig) -> str | None:
+        """Set the newest MLflow run of that name back to RUNNING, and return its id; None if there is none."""
+        experiment = self._client.get_experiment_by_name(job.name)
+        if experiment is None:
+            return None
+        query = f"attributes.run_name = '{run_name}'"
+        found = self._client.search_runs([experiment.experiment_id], query, order_by=["attributes.start_time DESC"], max_results=1)
+        if not found:
+            return None
+        run_id = str(found[0].info.run_id)
+        self._client.update_run(run_id, "RUNNING")
+        return run_id
+
+    def log_artifact(self, run_id: str, name: str, data: bytes) -> None:
+        """Keep a file among the run's artifacts, where MLflow's pages show it."""
+        storage.write_bytes(storage.join(self._artifacts_uri, run_id, "artifacts", name), data)
+
+    @contextmanager
+    def system_metrics(self, run_id: str) -> Iterator[None]:
+        """Log the use of this machine's CPUs, memory, disks, network and GPUs to the run, for the block."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+        _ = self._client  # which checks that the registry can be used
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.workspace.resolved_tracking_uri)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
         """Add one point to each metric's curve."""

@@ -17,9 +17,8 @@ from torch import nn
 
 from eagleray.config.schema import ModelConfig
 from eagleray.errors import ConfigError, near_miss
-
-SMALL_INPUT = 64
-"""Up to this side (pixels) ResNets get a stem that keeps the resolution."""
+from eagleray.models.blur import add_blur
+from eagleray.models.stems import RESNETS, SMALL_INPUT, has_small_stem, set_small_stem
 
 
 class CNN(nn.Module):
@@ -116,17 +115,47 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         ConfigError: unknown name, a parameter the architecture does not have, or an input it cannot take.
     """
     builder = _builder(config.name, image_size)
-    _check_params(config, builder)
+    _check_options(config, builder)
     try:
         model: nn.Module = builder(num_classes=num_classes, **config.params)
-        return model
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.params for '{config.name}': {error}") from error
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"model.params for '{config.name}' at data.image_size {image_size} px: {error}") from error
+    if config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_INPUT and has_small_stem(config.name)):
+        set_small_stem(config.name, model)
+    return add_blur(model) if config.blur_pool else model
+
+
+def build_outline(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    """Build a network without weights, on the device `meta`, which costs next to nothing."""
+    try:
+        with torch.device("meta"):
+            return build_model(config, num_classes, image_size)
+    except (NotImplementedError, RuntimeError):
+        # RegNets, and maybe a user's own, compute with tensors while they are built.
+        return build_model(config, num_classes, image_size).to("meta")
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise ConfigError if `config` names no architecture or a parameter it does not have."""
-    _check_params(config, _builder(config.name, image_size=224))
+    """Raise ConfigError if `config` names no architecture, or a parameter or option it does not have."""
+    _check_options(config, _builder(config.name, image_size=224))
+
+
+def check_input(config: ModelConfig, num_classes: int, image_size: int, key: str = "data.image_size", size: int | None = None) -> None:
+    """Raise ConfigError if the network cannot be built, or cannot take pictures of `key` pixels in training or evaluation.
+
+    Args:
+        size: the value of `key` where it is another one than that which the network is built for.
+    """
+    size = size or image_size
+    model = build_outline(config, num_classes, image_size)
+    with torch.device("meta"):
+        try:
+            for is_training in (True, False):  # auxiliary heads are there in training only
+                model.train(is_training)(torch.empty(2, 3, size, size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"model '{config.name}' cannot take pictures of {key} {size} px ({error}); use another size, a larger one as a rule"
+            ) from None
 
 
 def _builder(name: str, image_size: int) -> Callable[..., nn.Module]:
@@ -139,14 +168,14 @@ def _builder(name: str, image_size: int) -> Callable[..., nn.Module]:
     options: dict[str, Any] = {"weights": None}
     if name.startswith("vit"):
         options["image_size"] = image_size
+    if name.startswith("maxvit"):
+        options["input_size"] = (image_size, image_size)
     if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = True
+        # Their ImageNet weights expect pixels in -1..1: what all pictures here are normalised by is undone within.
+        options |= {"init_weights": True, "transform_input": True}
     from torchvision.models import get_model_builder
 
-    builder = partial(get_model_builder(name), **options)
-    if _is_resnet(name) and image_size <= SMALL_INPUT:
-        return partial(_with_small_stem, builder)
-    return builder
+    return partial(get_model_builder(name), **options)
 
 
 def _torchvision_names() -> list[str]:
@@ -154,17 +183,6 @@ def _torchvision_names() -> list[str]:
     from torchvision import models
 
     return list(models.list_models(module=models))
-
-
-def _is_resnet(name: str) -> bool:
-    return name.startswith(("resnet", "resnext", "wide_resnet"))
-
-
-def _with_small_stem(builder: Callable[..., nn.Module], **options: Any) -> nn.Module:
-    model: Any = builder(**options)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model  # type: ignore[no-any-return]
 
 
 def _user_function(name: str) -> Callable[..., nn.Module]:
@@ -178,9 +196,15 @@ def _user_function(name: str) -> Callable[..., nn.Module]:
     return function
 
 
-def _check_params(config: ModelConfig, builder: Callable[..., nn.Module]) -> None:
+def _check_options(config: ModelConfig, builder: Callable[..., nn.Module]) -> None:
+    if config.stem == "small" and not has_small_stem(config.name):
+        raise ConfigError(f"model.stem small: the zoo has no small stem for '{config.name}'; leave the key out")
+    if config.blur_pool and not config.name.startswith(RESNETS):
+        raise ConfigError(
+            f"model.blur_pool: '{config.name}' is no ResNet; leave the key out, or use resnet50, resnext50_32x4d, resnet_cifar, …"
+        )
     while isinstance(builder, partial):
-        builder = builder.args[0] if builder.func is _with_small_stem else builder.func
+        builder = builder.func
     parameters = inspect.signature(builder).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,27 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match=r"no model package there \(no card.json\)"):
         load_card(str(tmp_path))
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run_with_the_machines_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    registry = Registry(WorkspaceConfig(root=str(tmp_path)))
+    job = build_job({"name": "pets", "workspace": {"root": str(tmp_path)}, "data": {"train": "a", "val": "b"}})
+    assert registry.reopen_run("first", job) is None
+    run_id = registry.start_run("first", job, {"git_dirty": "false"})
+    registry.log_metrics(run_id, {"val_top1": 0.5}, step=0)
+    registry.end_run(run_id, "FAILED")
+    assert registry.reopen_run("second", job) is None
+    assert registry.reopen_run("first", job) == run_id
+    with registry.system_metrics(run_id):
+        deadline = time.monotonic() + 60
+        while "system/cpu_utilization_percentage" not in registry._client.get_run(run_id).data.metrics:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    registry.log_metrics(run_id, {"val_top1": 0.6}, step=1)
+    registry.log_artifact(run_id, "learning_curve.png", b"png")
+    registry.end_run(run_id)
+    run = registry._client.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["git_dirty"] == "false"
+    assert [point.value for point in registry._client.get_metric_history(run_id, "val_top1")] == [0.5, 0.6]
+    assert sorted(file.path for file in registry._client.list_artifacts(run_id)) == ["job.yaml", "learning_curve.png"]
