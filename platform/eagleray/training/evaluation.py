@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Any
+
 import ray
 import torch
 
 from eagleray.config.schema import JobConfig
 from eagleray.data.shards import load_manifest
 from eagleray.data.transforms import Preprocessing
+from eagleray.models.weights import restore_weights
 from eagleray.models.zoo import build_model
-from eagleray.training.loop import Forward, Worker, eval_stream, evaluate, set_up_process
+from eagleray.placement import cluster_for
+from eagleray.training.loop import Evaluation, Forward, Worker, eval_stream, evaluate, set_up_process
 from eagleray.training.resources import WorkerResources, share_resources
 
 
@@ -17,22 +22,43 @@ def evaluate_weights(job: JobConfig, weights: dict[str, torch.Tensor], uri: str,
     """Evaluate a state dict of `job.model` on the split at `uri`, on one GPU of the cluster or else in this process.
 
     Returns:
-        `{prefix}_loss`, `{prefix}_top1`, `{prefix}_top5` (fractions), `{prefix}_samples`.
+        The metrics of an `Evaluation`.
     """
-    resources = share_resources(ray.cluster_resources(), 1, job.train.use_gpu)
+    resources = share_resources(cluster_for(1, job.train.use_gpu), 1, job.train.use_gpu)
     if not resources.gpus:
-        return _evaluate(job, weights, uri, prefix, resources)
+        return _evaluate(job, weights, uri, prefix, resources).metrics
+    evaluation: Evaluation = ray.get(start_evaluation(job, weights, uri, prefix, resources))
+    return evaluation.metrics
+
+
+def start_evaluation(
+    job: JobConfig, weights: dict[str, torch.Tensor], uri: str, prefix: str, resources: WorkerResources, num_parts: int = 1
+) -> Any:
+    """Evaluate as `evaluate_weights` does, in a task with resources of its own; a task whose process dies is tried again.
+
+    Args:
+        num_parts: workers whose parts of the batches are gone through one after the other, for the very metrics that they
+            would come to together.
+
+    Returns:
+        A reference to the `Evaluation`.
+    """
     task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(_evaluate)
-    metrics: dict[str, float] = ray.get(task.remote(job, weights, uri, prefix, resources))
-    return metrics
+    return task.remote(job, weights, uri, prefix, resources, num_parts)
 
 
-def _evaluate(job: JobConfig, weights: dict[str, torch.Tensor], uri: str, prefix: str, resources: WorkerResources) -> dict[str, float]:
+def _evaluate(
+    job: JobConfig, weights: dict[str, torch.Tensor], uri: str, prefix: str, resources: WorkerResources, num_parts: int = 1
+) -> Evaluation:
     device = torch.device("cuda" if resources.gpus else "cpu")
-    worker = Worker(0, 1, device, resources.threads, resources.train_decode, resources.eval_decode)
-    set_up_process(job, worker)
-    model = build_model(job.model, len(load_manifest(uri).classes), job.data.image_size)
-    model.load_state_dict(weights)
+    workers = [
+        Worker(rank, num_parts, device, resources.threads, resources.train_decode, resources.eval_decode) for rank in range(num_parts)
+    ]
+    set_up_process(job, workers[0])
+    num_classes = len(load_manifest(uri).classes)
+    model = build_model(job.model, num_classes, job.data.image_size)
+    restore_weights(model, weights)
     model.to(device).to(memory_format=torch.channels_last)
-    batches = next(eval_stream(job, uri, worker).epochs(0, 1))
-    return evaluate(model, batches, Forward(device, Preprocessing.of(job.data), job.train.precision), prefix)
+    batches = chain.from_iterable(next(eval_stream(job, uri, worker).epochs(0, 1)) for worker in workers)
+    forward = Forward(device, Preprocessing.of(job.data), job.train.precision)
+    return evaluate(model, batches, forward, prefix, num_classes, job.train.eval_flip)

@@ -25,6 +25,16 @@ class BatchOutput:
     targets: torch.Tensor
     is_valid: torch.Tensor
 
+    @classmethod
+    def join(cls, parts: list[BatchOutput]) -> BatchOutput:
+        """Put the parts of a batch together again, without their graph."""
+        columns = zip(*((part.losses.detach(), part.logits.detach(), part.targets, part.is_valid) for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+
+LOSS_UNIT = 2.0**-24
+"""Losses are summed in whole numbers of this, so that sums up to 2**29 are exact, in whatever order and on however many ranks."""
+
 
 class Totals:
     """Sums of loss, top-1 and top-5 over the valid samples of a pass, kept on the device."""
@@ -32,17 +42,23 @@ class Totals:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(5, dtype=torch.float64, device=device)
 
-    def add(self, output: BatchOutput, num_bad: int) -> None:
-        """Add a batch, of which `num_bad` pictures could not be decoded."""
+    def add(self, output: BatchOutput | None, num_bad: int) -> None:
+        """Add a batch, of which `num_bad` pictures could not be decoded; None: a batch of which nothing else counts."""
+        self._sums[4] += num_bad
+        if output is None:
+            return
         logits, targets = output.logits.detach(), output.targets
         is_hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         weight = output.is_valid.double()
-        values = (output.losses.detach().double(), is_hit[:, 0].double(), is_hit.any(dim=1).double(), torch.ones_like(weight))
+        losses = (output.losses.detach().double() / LOSS_UNIT).round() * LOSS_UNIT
+        values = (losses, is_hit[:, 0].double(), is_hit.any(dim=1).double(), torch.ones_like(weight))
         self._sums[:4] += torch.stack([(value * weight).sum() for value in values])
-        self._sums[4] += num_bad
 
     def restore(self, sums: list[float]) -> None:
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
+
+    def of_this_rank(self) -> list[float]:
+        return [float(value) for value in self._sums.tolist()]
 
     def reduce(self) -> list[float]:
         """Return the sums over all ranks; see `rates`."""
@@ -65,8 +81,49 @@ def rates(sums: list[float], prefix: str) -> dict[str, float]:
     }
 
 
+class Confusion:
+    """How often each class was taken for each other one among the valid samples of a pass, counted on the device."""
+
+    MAX_CLASSES = 4096
+    """Above, the matrix would be too large (128 MB on the device), and nothing is counted."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._num_classes = num_classes
+        size = num_classes if num_classes <= self.MAX_CLASSES else 0
+        self._counts = torch.zeros(size * size, dtype=torch.int64, device=device)
+
+    def add(self, output: BatchOutput) -> None:
+        if len(self._counts):
+            places = output.targets * self._num_classes + output.logits.argmax(dim=1)
+            self._counts.index_add_(0, places, output.is_valid.long())
+
+    def reduce(self) -> NDArray[np.int64] | None:
+        """Return int64 [C, C] over all ranks, true classes down and predicted ones across; to be called by all of them."""
+        if not len(self._counts):
+            return None
+        counts = self._counts.clone()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        return counts.reshape(self._num_classes, self._num_classes).cpu().numpy()
+
+
+def class_rates(confusion: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return (recall, precision) of each class, float64 [C]; nan for a class without samples, or never predicted."""
+    with np.errstate(invalid="ignore"):
+        right = np.diag(confusion)
+        return right / confusion.sum(axis=1), right / confusion.sum(axis=0)
+
+
+def class_metrics(confusion: NDArray[np.int64], prefix: str) -> dict[str, float]:
+    """Return the mean and the worst recall over the classes that have samples."""
+    recall = class_rates(confusion)[0]
+    recall = recall[~np.isnan(recall)]
+    return {f"{prefix}_mean_class_recall": float(recall.mean()), f"{prefix}_worst_class_recall": float(recall.min())}
+
+
 AccountState = dict[str, Any]
-"""Of all ranks: `sums` of `Totals`, `order` (see `order_digest`) and `quarantined` (key, shard and reason of each)."""
+"""Of all ranks: `sums` of `Totals`, `order` (see `order_digest`), `quarantined` (key, shard and reason of each), `skipped` steps
+and their `skipped_samples`."""
 
 
 class EpochAccount:
@@ -83,16 +140,23 @@ class EpochAccount:
         self._totals = Totals(device)
         self._order = 0
         self._quarantined: list[dict[str, str]] = []
+        self._skipped = 0
+        self._skipped_samples = 0
 
     def restore(self, state: AccountState) -> None:
         """Go on from what `reduce` returned; one rank takes it, since all are added up again."""
+        self._skipped = state["skipped"]
         if self._rank == 0:
             self._totals.restore(state["sums"])
             self._order = state["order"]
             self._quarantined = list(state["quarantined"])
+            self._skipped_samples = state["skipped_samples"]
 
-    def add(self, step: int, batch: Batch, output: BatchOutput) -> None:
-        """Add this rank's part of the epoch's global batch number `step`."""
+    def add(self, step: int, batch: Batch, output: BatchOutput | None) -> None:
+        """Add this rank's part of the epoch's global batch number `step`; None: the step was left out, by all ranks."""
+        if output is None:
+            self._skipped += 1
+            self._skipped_samples += int(batch.is_valid.sum())
         self._totals.add(output, int(batch.is_bad.sum()))
         first = (step * self._world_size + self._rank) * len(batch.sample_ids)
         self._order = (self._order + order_digest(batch.sample_ids, first)) % 2**52
@@ -100,20 +164,36 @@ class EpochAccount:
             if len(self._quarantined) < self.MAX_NAMED:
                 self._quarantined.append(self._decoder.explain(sample_id))
 
+    def so_far(self) -> tuple[float, float]:
+        """Return loss and top-1 of this rank's share of the epoch up to here; waits for the device."""
+        sums = rates(self._totals.of_this_rank(), "train")
+        return sums["train_loss"], sums["train_top1"]
+
     def reduce(self) -> AccountState:
         """Add up all ranks; to be called by all of them."""
-        order, quarantined = self._order, [self._quarantined]
+        parts: list[Any] = [(self._order, self._quarantined, self._skipped_samples)]
         if dist.is_initialized():
-            parts: list[Any] = [None] * self._world_size
-            dist.all_gather_object(parts, (self._order, self._quarantined))
-            order, quarantined = sum(part[0] for part in parts) % 2**52, [part[1] for part in parts]
+            own, parts = parts[0], [None] * self._world_size
+            dist.all_gather_object(parts, own)
+        orders, quarantined, skipped_samples = zip(*parts, strict=True)
         named = sorted((picture for part in quarantined for picture in part), key=lambda picture: (picture["shard"], picture["key"]))
-        return {"sums": self._totals.reduce(), "order": order, "quarantined": named}
+        return {
+            "sums": self._totals.reduce(),
+            "order": sum(orders) % 2**52,
+            "quarantined": named,
+            "skipped": self._skipped,
+            "skipped_samples": sum(skipped_samples),
+        }
 
 
 def epoch_metrics(account: AccountState) -> dict[str, float]:
     """Return the training metrics of a whole epoch, the digest of its order among them."""
-    return {**rates(account["sums"], "train"), "order_digest": float(account["order"])}
+    return {
+        **rates(account["sums"], "train"),
+        "train_skipped_steps": float(account["skipped"]),
+        "train_skipped_samples": float(account["skipped_samples"]),
+        "order_digest": float(account["order"]),
+    }
 
 
 def order_digest(sample_ids: NDArray[np.int64], first_place: int) -> int:
@@ -143,6 +223,7 @@ class TimedBatches:
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
+        self.start = time.perf_counter()
         self.count = 0
         self.wait_s = 0.0
         self.first_batch_s = 0.0

@@ -41,12 +41,51 @@ class Mix:
 
     def probabilities(self, targets: torch.Tensor, num_classes: int) -> torch.Tensor:
         """Return the mixed labels, float32 [B, C], of int64 [B]."""
-        own = torch.nn.functional.one_hot(targets, num_classes).float()
-        return torch.lerp(own[self.partners], own, self.weight)
+        return _blend(targets, targets[self.partners], self.weight, num_classes)
 
-    def dominant(self, targets: torch.Tensor) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch on the device, mixed.
+
+    Attributes:
+        images: uint8 [B, S, S, 3], or float32 in the same range.
+        targets: int64 [B], each row's own label.
+        partners: int64 [B], the label of the row mixed in; None: nothing is.
+        weight: a row's own share of its label.
+        is_valid: bool [B].
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    partners: torch.Tensor | None
+    weight: float
+    is_valid: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, mix: Mix | None, device: torch.device) -> Inputs:
+        images, targets, is_valid = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets, batch.is_valid))
+        if mix is None:
+            return cls(images, targets, None, 1.0, is_valid)
+        return cls(mix.images(images), targets, targets[mix.partners], mix.weight, is_valid)
+
+    def split(self, num_parts: int) -> list[Inputs]:
+        """Cut into parts of as many rows each; a row stays mixed with whatever it was."""
+        rows = len(self.targets) // num_parts
+        parts = [slice(start, start + rows) for start in range(0, len(self.targets), rows)]
+        partners = [None if self.partners is None else self.partners[part] for part in parts]
+        return [
+            Inputs(self.images[part], self.targets[part], others, self.weight, self.is_valid[part])
+            for part, others in zip(parts, partners, strict=True)
+        ]
+
+    def labels(self, num_classes: int) -> torch.Tensor:
+        """Return what the loss compares with: int64 [B], or mixed float32 [B, C]."""
+        return self.targets if self.partners is None else _blend(self.targets, self.partners, self.weight, num_classes)
+
+    def dominant(self) -> torch.Tensor:
         """Return the label with the larger share, int64 [B]; the row's own if they are equal."""
-        return targets if self.weight >= 0.5 else targets[self.partners]
+        return self.targets if self.partners is None or self.weight >= 0.5 else self.partners
 
 
 def draw_mix(config: TrainingConfig, batch: Batch, seed: list[int], device: torch.device) -> Mix | None:
@@ -69,6 +108,11 @@ def draw_mix(config: TrainingConfig, batch: Batch, seed: list[int], device: torc
     partners = np.arange(len(batch.targets))
     partners[valid] = np.roll(valid, 1)
     return Mix(torch.from_numpy(partners).to(device, non_blocking=True), float(weight), box)
+
+
+def _blend(own: torch.Tensor, others: torch.Tensor, weight: float, num_classes: int) -> torch.Tensor:
+    one_hot = torch.nn.functional.one_hot
+    return torch.lerp(one_hot(others, num_classes).float(), one_hot(own, num_classes).float(), weight)
 
 
 def _draw_box(size: int, share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:

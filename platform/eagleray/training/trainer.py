@@ -2,100 +2,159 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import os
-import tempfile
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 import ray
 import ray.train
-import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray._private.state import available_resources_per_node
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.api.report_config import CheckpointUploadMode
+from ray.train.v2.api.report_config import CheckpointConsistencyMode, CheckpointUploadMode
 
 from eagleray import storage
-from eagleray.artifacts.checkpoint import load_state, save_state
-from eagleray.config.load import build_job, dump_job, load_job
-from eagleray.config.schema import ElasticWorkers, JobConfig
+from eagleray.artifacts.checkpoint import CHECKPOINT_NAME, SHARDS_NAME, dump_state, load_state
+from eagleray.artifacts.filesystem import open_resilient
+from eagleray.artifacts.runs import (
+    BEST_NAME,
+    HISTORY_NAME,
+    QUARANTINE_NAME,
+    Rollback,
+    checkpoint_step,
+    forget_lost_checkpoints,
+    load_history,
+    load_rollbacks,
+    save_rollbacks,
+)
+from eagleray.config.load import build_job
+from eagleray.config.schema import ElasticWorkers, JobConfig, TrainingConfig
 from eagleray.data.mixture import load_training_set
 from eagleray.data.shards import load_manifest
-from eagleray.errors import ConfigError, DataError, EagleRayError, TrainingError
-from eagleray.models.zoo import build_model
-from eagleray.training.loop import Worker, train
-from eagleray.training.resources import WorkerResources, share_resources
+from eagleray.errors import DataError, Interrupted, TrainingError
+from eagleray.models.zoo import check_input
+from eagleray.placement import cluster_for, on_group, total, work_nodes
+from eagleray.training.board import EpochEnd, Message, News
+from eagleray.training.confusion import confusion_files
+from eagleray.training.elastic import LanesPolicy, cluster_beside_serving
+from eagleray.training.evaluation import start_evaluation
+from eagleray.training.failures import RunCallback, explain, reason_of, users_error
+from eagleray.training.finetune import check_finetune
+from eagleray.training.guards import Diverged
+from eagleray.training.loop import Evaluation, Pause, Worker, train
+from eagleray.training.parallel import is_sharded
+from eagleray.training.progress import Follower, Watch
+from eagleray.training.resources import WorkerResources, share_resources, share_what_is_left, validates_beside
 
-JOB_NAME = "job.yaml"
-QUARANTINE_NAME = "quarantine.json"
+T = TypeVar("T")
+
+STOPPED = "stopped"
+"""What rank 0 returns where it was asked to stop."""
+
+ELASTIC_CHECK_S = 20.0
+"""Seconds between looks for room for more workers in an elastic run."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A finished run: its best checkpoint by validation top-1, and the metrics of each epoch."""
+    """A finished run: its best epoch by validation top-1, and the metrics of each epoch, those before a resume too."""
 
     run_name: str
     run_uri: str
     checkpoint_uri: str
+    """Holds the weights of the best epoch."""
     metrics: dict[str, float]
     """Of the best epoch."""
     history: list[dict[str, float]] = field(repr=False)
 
 
-def run_training(job: JobConfig, run_name: str, *, on_epoch: Callable[[dict[str, float]], None] = lambda metrics: None) -> TrainingResult:
+def run_training(job: JobConfig, run_name: str, *, on_news: Callable[[News], None] = lambda news: None) -> TrainingResult:
     """Train on the connected cluster until the job's last epoch, or go on from the run's newest checkpoint.
+
+    In the main thread, Ctrl-C and SIGTERM end the run with a checkpoint; a second one ends it at once.
 
     Args:
         job: as `check_inputs` lets it pass.
         run_name: a run that `claim_run` has claimed.
-        on_epoch: called in this process with each epoch's metrics.
+        on_news: called in this process, from a thread, with what the run tells of itself.
 
     Raises:
         TrainingError: the workers failed too often.
         DataError: shards are missing or damaged.
+        StorageError: checkpoints cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been saved.
     """
-    resources = share_resources(ray.cluster_resources(), job.train.max_workers, job.train.use_gpu)
+    is_beside = validates_beside(job.train, _free_resources(job.train))
+    num_shares = job.train.max_workers + is_beside
+    resources = share_resources(cluster_for(num_shares, job.train.use_gpu), num_shares, job.train.use_gpu)
     run_uri = storage.join(job.workspace.runs_uri, run_name)
-    filesystem, runs_path = storage.open_uri(job.workspace.runs_uri)
-    with _Progress(on_epoch) as progress:
-        trainer = TorchTrainer(
+    filesystem, runs_path = open_resilient(job.workspace.runs_uri)
+    for name in forget_lost_checkpoints(run_uri):
+        on_news(Message(f"warning: checkpoint '{name}' is missing; going back to the one before"))
+    with Follower(on_news) as follower, _stop_on_signals(follower.board) as signals:
+        trainer = _Trainer(
             _train_loop_per_worker,
-            train_loop_config={"job": job.model_dump(mode="json"), "resources": resources, "run_uri": run_uri},
+            train_loop_config={
+                "job": job.model_dump(mode="json"),
+                "resources": resources,
+                "is_beside": is_beside,
+                "run_uri": run_uri,
+                "board": follower.board,
+            },
             scaling_config=_scaling(job, resources),
             run_config=RunConfig(
                 name=run_name,
                 storage_path=runs_path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=job.train.max_failures),
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=job.train.checkpoints_to_keep, checkpoint_score_attribute="val_top1", checkpoint_score_order="max"
-                ),
-                callbacks=[_RunCallback(progress.path)],
+                checkpoint_config=CheckpointConfig(num_to_keep=job.train.checkpoints_to_keep),
+                callbacks=[RunCallback(follower.board)],
             ),
         )
         try:
-            result = trainer.fit()
+            result = _in_a_thread(trainer.fit)
         except TrainingFailedError as error:
-            raise _explain(error, run_name, run_uri) from error
-    checkpoints = result.best_checkpoints or []
-    if not checkpoints:
-        raise TrainingError(f"run '{run_name}': no checkpoint was written to '{run_uri}'; start it again under another name")
-    checkpoint, metrics = max(checkpoints, key=lambda pair: pair[1]["val_top1"])
-    prefix = "" if storage.is_local(run_uri) else "s3://"
-    return TrainingResult(run_name, run_uri, prefix + checkpoint.path, metrics, progress.history)
+            raise explain(error, run_name, run_uri) from error
+    if result.return_value == STOPPED:
+        raise Interrupted(
+            f"run '{run_name}' was stopped and has saved where it is; go on with --resume {run_name}",
+            signals[0] if signals else signal.SIGTERM,
+        )
+    return load_result(job.workspace.runs_uri, run_name)
 
 
-def check_inputs(job: JobConfig) -> None:
+def load_result(runs_uri: str, run_name: str) -> TrainingResult:
+    """Return what a finished run left.
+
+    Raises:
+        TrainingError: it has no weights yet, or they are damaged.
+    """
+    run_uri = storage.join(runs_uri, run_name)
+    best_uri = storage.join(run_uri, BEST_NAME)
+    return TrainingResult(run_name, run_uri, best_uri, load_state(best_uri)["metrics"], load_history(run_uri))
+
+
+def check_inputs(job: JobConfig) -> str:
     """Refuse a job that could only fail later: splits that do not fit, a network that cannot be built, missing GPUs.
+
+    Returns:
+        What the job will work on, and with, in a line.
 
     Raises:
         DataError, ConfigError, TrainingError: says which.
     """
-    share_resources(ray.cluster_resources(), job.train.max_workers, job.train.use_gpu)
+    workers, use_gpu = job.train.max_workers, job.train.use_gpu
+    resources = share_resources(cluster_for(workers, use_gpu), workers, use_gpu)
     training_set = load_training_set(job.data)
     for key, uri in (("data.val", job.data.val), ("data.test", job.data.test)):
         if uri is not None and (classes := load_manifest(uri).classes) != training_set.classes:
@@ -108,54 +167,15 @@ def check_inputs(job: JobConfig) -> None:
         raise DataError(
             f"data.train {training_set}: no picture of class '{empty[0]}' ({len(empty)} empty classes); add some or remove the class"
         )
-    with torch.device("meta"):
-        model = build_model(job.model, len(training_set.classes), job.data.image_size).eval()
-        try:
-            model(torch.empty(2, 3, job.data.image_size, job.data.image_size))
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"model '{job.model.name}' cannot take pictures of data.image_size {job.data.image_size} px ({error}); use a larger size"
-            ) from None
-
-
-def claim_run(job: JobConfig, run_name: str) -> None:
-    """Write the resolved job file into the run's folder; the file marks the name as taken.
-
-    Raises:
-        TrainingError: another run has that name.
-    """
-    run_uri = storage.join(job.workspace.runs_uri, run_name)
-    if not storage.write_bytes_if_absent(storage.join(run_uri, JOB_NAME), dump_job(job).encode()):
-        raise TrainingError(f"'{run_uri}' already holds a run; resume it with --resume {run_name}, or choose another --name")
-
-
-def load_run_job(runs_uri: str, run_name: str) -> JobConfig:
-    """Return the resolved job file of a run.
-
-    Raises:
-        TrainingError: there is no such run.
-    """
-    job_uri = storage.join(runs_uri, run_name, JOB_NAME)
-    if not storage.exists(job_uri):
-        raise TrainingError(f"'{storage.join(runs_uri, run_name)}': no run there (no {JOB_NAME}); check the name and workspace.root")
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / JOB_NAME
-        path.write_bytes(storage.read_bytes(job_uri))
-        return load_job(path)
-
-
-def load_quarantine(run_uri: str) -> list[dict[str, str]]:
-    """Return key, shard and reason of each training picture of a run that could not be decoded."""
-    uri = storage.join(run_uri, QUARANTINE_NAME)
-    pictures: list[dict[str, str]] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else []
-    return pictures
-
-
-def load_checkpoint(checkpoint_uri: str) -> dict[str, Any]:
-    """Return the state saved at `checkpoint_uri`."""
-    filesystem, path = storage.open_uri(checkpoint_uri)
-    with Checkpoint(path, filesystem).as_directory() as directory:
-        return load_state(directory)
+    sizes = {"data.image_size": job.data.image_size}
+    if job.data.train_size is not None:
+        sizes |= {"data.train_size.start": job.data.train_size.start, "data.train_size.end": job.data.train_size.end}
+    for key, size in sizes.items():
+        check_input(job.model, len(training_set.classes), job.data.image_size, key, size)
+    check_finetune(job, len(training_set.classes))
+    device = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.threads} CPU thread(s)"
+    pictures = sum(training_set.class_counts.values())
+    return f"{pictures:,} pictures in {len(training_set.classes)} classes, {workers} worker(s) with {device} each"
 
 
 def _scaling(job: JobConfig, resources: WorkerResources) -> ScalingConfig:
@@ -163,15 +183,74 @@ def _scaling(job: JobConfig, resources: WorkerResources) -> ScalingConfig:
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     return ScalingConfig(
         num_workers=(workers.min, workers.max) if isinstance(workers, ElasticWorkers) else workers,
+        elastic_resize_monitor_interval_s=ELASTIC_CHECK_S,
         use_gpu=resources.gpus > 0,
         resources_per_worker=per_worker,
+        label_selector=on_group("train"),
     )
 
 
-def _train_loop_per_worker(config: dict[str, Any]) -> None:
+def _free_resources(train: TrainingConfig) -> dict[str, float]:
+    """Return what nobody holds now, and what may be added for one share more than there are workers."""
+    available = available_resources_per_node()
+    free = total({node_id: available.get(node_id, {}) for node_id in work_nodes()})
+    now, then = cluster_for(0, train.use_gpu), cluster_for(train.max_workers + 1, train.use_gpu)
+    return {key: free.get(key, 0) + amount - now.get(key, 0) for key, amount in then.items()}
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train lets nobody choose the policy of elastic runs from outside."""
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            config = self.train_loop_config
+            options["scaling_policy"] = LanesPolicy(self.scaling_config, config["job"]["data"]["lanes"], config["board"])
+        return super()._initialize_and_run_controller(**options)
+
+
+def _in_a_thread(call: Callable[[], T]) -> T:
+    """Return what `call` returns, run in a thread so that signals reach this one (and not Ray Train's own handler of Ctrl-C)."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="trainer", daemon=True).start()
+    return outcome.result()
+
+
+@contextmanager
+def _stop_on_signals(board: Any) -> Iterator[list[int]]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop, a later one into KeyboardInterrupt; gives those that came."""
+    came: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+        board.stop.remote()
+        board.post.remote(Message("stopping: saving a checkpoint; once more to stop at once"))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train_loop_per_worker(config: dict[str, Any]) -> str | None:
     job = build_job(config["job"])
-    resources: WorkerResources = config["resources"]
+    board, run_uri = config["board"], config["run_uri"]
     context = ray.train.get_context()
+    num_shares = context.get_world_size() + config["is_beside"]
+    resources: WorkerResources = share_what_is_left(config["resources"], cluster_beside_serving(), num_shares)
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
@@ -180,108 +259,225 @@ def _train_loop_per_worker(config: dict[str, Any]) -> None:
         train_decode=resources.train_decode,
         eval_decode=resources.eval_decode,
     )
-    newest = ray.train.get_checkpoint()
-    resume = None
-    if newest is not None:
-        with newest.as_directory() as directory:
-            resume = load_state(directory)
-    for pause in train(job, worker, resume):
-        checkpoint = None
+    watch = Watch(board, job, worker.rank)
+
+    def validate(weights: dict[str, Any]) -> Any:
+        return start_evaluation(job, weights, job.data.val, "val", resources, worker.world_size)
+
+    beside = validate if config["is_beside"] else None
+    outcome: str | Diverged | None
+    outcome = _go_on(job, worker, run_uri, board, watch, beside)
+    while isinstance(outcome, Diverged):
+        gc.collect()  # what the device held of the attempt that is over, before the next one takes its place
         if worker.rank == 0:
-            if pause.is_epoch_end and pause.quarantined:
-                storage.write_bytes(storage.join(config["run_uri"], QUARANTINE_NAME), json.dumps(pause.quarantined, indent=1).encode())
-            if not pause.is_epoch_end or _is_checkpoint_due(job, pause.epoch):
-                directory = tempfile.mkdtemp(prefix="eagleray-checkpoint-")
-                save_state(directory, pause.state())
-                checkpoint = Checkpoint.from_directory(directory)
-        # The upload runs beside the next steps; Ray deletes the local copy after it.
-        ray.train.report(pause.metrics or _WITHIN_EPOCH, checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+            _roll_back(job, run_uri, board, outcome)
+        outcome = _go_on(job, worker, run_uri, board, watch, beside)
+    return outcome
 
 
-_WITHIN_EPOCH = {"val_top1": -1.0}
-"""Metrics of a checkpoint within an epoch: never the best, and deleted once there is a newer one."""
+def _go_on(
+    job: JobConfig, worker: Worker, run_uri: str, board: Any, watch: Watch, validate: Callable[[dict[str, Any]], Any] | None
+) -> str | Diverged | None:
+    """Train on after the newest checkpoint.
+
+    Args:
+        validate: begins to validate weights elsewhere; None: the workers do so.
+
+    Returns:
+        None at the end of the run, `STOPPED` where it was asked to stop, or why it has to go back.
+    """
+    rollbacks = broadcast_from_rank_zero(load_rollbacks(run_uri) if worker.rank == 0 else None)
+    resume = _load_newest_whole(worker.rank, board, rollbacks)
+    if worker.rank == 0 and resume is not None:
+        board.post.remote(Message(f"going on after step {resume['steps_done']} on {worker.world_size} worker(s)"))
+    watch.rollbacks = len(rollbacks)
+    history = []
+    if worker.rank == 0 and resume is not None:  # it is written before the checkpoint, and may know of epochs that are to be done again
+        history = [metrics for metrics in load_history(run_uri) if metrics["epoch"] < resume["epochs_done"]]
+    files = _Files(run_uri, board, worker.rank, history, validate)
+    try:
+        rolled_back = [rollback.steps for rollback in rollbacks]
+        for pause in train(job, worker, resume, watch.after_step, rolled_back, validates=validate is None):
+            name = written = None
+            if worker.rank == 0 or is_sharded(job.train):
+                is_due = not pause.is_epoch_end or _is_checkpoint_due(job, pause.epoch) or watch.must_save
+                name, written = files.write(pause, is_due)
+            watch.must_save = False
+            _report(pause, name, written)
+            is_end = pause.is_epoch_end and pause.epoch + 1 == job.train.epochs
+            if watch.must_stop and not is_end:
+                return STOPPED
+        files.wait()
+    except Diverged as error:
+        files.wait()
+        return Diverged(str(error), error.what, error.steps)  # without the frames that hold the network
+    return None
+
+
+def _roll_back(job: JobConfig, run_uri: str, board: Any, diverged: Diverged) -> None:
+    """Write down from which checkpoint the run is to go on, and which steps it is to leave out; to be called by rank 0.
+
+    It is the newest one from before those steps or, if none is kept, the oldest one.
+
+    Raises:
+        TrainingError: it has gone back as often as the job allows.
+    """
+    rollbacks = load_rollbacks(run_uri)
+    number, limit = len(rollbacks) + 1, job.train.max_rollbacks
+    if number > limit:
+        raise TrainingError(f"{diverged}; the run has gone back {limit} time(s) before, as often as train.max_rollbacks allows")
+    names = [PurePosixPath(checkpoint.path).name for checkpoint in _listed_checkpoints(rollbacks)]
+    before = [name for name in names if checkpoint_step(name) <= diverged.steps[0]] or names[-1:]
+    back_to = checkpoint_step(before[0]) if before else 0
+    steps = range(max(back_to, diverged.steps[0]), diverged.steps[-1] + 1)
+    undone = [name for name in names if name not in before]
+    save_rollbacks(run_uri, [*rollbacks, Rollback(diverged.what, back_to, steps[0], steps[-1], undone)])
+    board.post.remote(
+        Message(
+            f"warning: {diverged.what}: going back to step {back_to} and leaving out the {len(steps)} step(s) of "
+            f"{job.train.global_batch_size} pictures up to there; rollback {number} of {limit}"
+        )
+    )
+
+
+class _Files:
+    """Writes what a run leaves, beside the training: the state is copied in the step, one copy at a time.
+
+    Rank 0 writes all there is, but for the shards of a network that is cut up: each rank has its own.
+    """
+
+    def __init__(
+        self, run_uri: str, board: Any, rank: int, history: list[dict[str, float]], validate: Callable[[dict[str, Any]], Any] | None
+    ) -> None:
+        self._run_uri = run_uri
+        self._board = board
+        self._rank = rank
+        self._history = history
+        self._validate = validate
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, pause: Pause, is_checkpoint: bool) -> tuple[str | None, Future[None]]:
+        """Begin to write the files of a pause, once those of the last are written, and to validate where others do so.
+
+        Returns:
+            The name of the checkpoint, if there is one, and the outcome of writing all of them.
+        """
+        self.wait()
+        state = pause.state()
+        shards: dict[str, bytes] | None = state.pop("shards", None)
+        name = _checkpoint_name(state["steps_done"], is_shared=shards is not None) if is_checkpoint else None
+        files = {storage.join(name, SHARDS_NAME, file): data for file, data in (shards or {}).items()} if name is not None else {}
+        kept = validation = None
+        if self._rank == 0:
+            if name is not None:
+                files[storage.join(name, CHECKPOINT_NAME)] = dump_state({**state, "epochs_done": pause.epoch + pause.is_epoch_end})
+            if pause.is_epoch_end:
+                weights = {key: tensor.to("cpu", copy=True) for key, tensor in state["weights"].items()}
+                kept = {"epoch": pause.epoch, "steps_done": state["steps_done"], "weights": weights}
+                validation = self._validate(weights) if self._validate is not None else None
+        self._last = self._thread.submit(self._write, files, pause, kept, validation)
+        return name, self._last
+
+    def wait(self) -> None:
+        """Wait until all is written; raises what went wrong."""
+        if self._last is not None:
+            self._last.result()
+
+    def _write(self, files: dict[str, bytes], pause: Pause, kept: dict[str, Any] | None, validation: Any) -> None:
+        if kept is not None:
+            evaluation = Evaluation({}, pause.confusion) if validation is None else _wait_for(validation)
+            metrics = {**pause.metrics, **evaluation.metrics}
+            files = self._epoch_files(pause, {**kept, "metrics": metrics}, evaluation) | files  # the checkpoint comes last
+        for name, data in files.items():
+            storage.write_bytes(storage.join(self._run_uri, name), data)
+        if kept is not None:
+            ray.get(self._board.post.remote(EpochEnd(metrics)))
+
+    def _epoch_files(self, pause: Pause, kept: dict[str, Any], evaluation: Evaluation) -> dict[str, bytes]:
+        metrics = kept["metrics"]
+        is_best = metrics["val_top1"] > max((epoch["val_top1"] for epoch in self._history), default=-1.0)
+        self._history = [*self._history, metrics]
+        files = {HISTORY_NAME: json.dumps(self._history).encode()}
+        if is_best:
+            files[storage.join(BEST_NAME, CHECKPOINT_NAME)] = dump_state(kept)
+            if evaluation.confusion is not None:
+                files |= confusion_files(pause.epoch, metrics["val_top1"], pause.classes, evaluation.confusion)
+        if pause.quarantined:
+            files[QUARANTINE_NAME] = json.dumps(pause.quarantined, indent=1).encode()
+        return files
+
+
+def _wait_for(validation: Any) -> Evaluation:
+    try:
+        evaluation: Evaluation = ray.get(validation)
+    except ray.exceptions.RayError as error:
+        remedy = "set train.validation: inline in the run's job.yaml, and resume"
+        raise users_error(error) or TrainingError(f"validation beside training failed: {reason_of(error)}; {remedy}") from error
+    return evaluation
+
+
+def _checkpoint_name(steps_done: int, *, is_shared: bool) -> str:
+    """Return a name that sorts by step and then by time: a step that is done again after a fault gets another name."""
+    name = f"checkpoint-{steps_done:09d}-{time.time_ns() // 1_000_000}"
+    return str(broadcast_from_rank_zero(name)) if is_shared else name
+
+
+def _report(pause: Pause, name: str | None, written: Future[None] | None) -> None:
+    """Tell Ray Train of a checkpoint as soon as it is written; this does not wait for it."""
+    if name is None or written is None:
+        ray.train.report(pause.metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+        return
+    run = ray.train.get_context().get_storage()
+    checkpoint = Checkpoint(run.build_checkpoint_path_from_name(name), run.storage_filesystem)
+
+    def wait(local: Checkpoint, directory_name: str) -> Checkpoint:
+        written.result()
+        return checkpoint
+
+    ray.train.report(
+        pause.metrics,
+        checkpoint,
+        name,
+        CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=False,
+        checkpoint_upload_fn=wait,
+    )
+
+
+def _load_newest_whole(rank: int, board: Any, rollbacks: list[Rollback]) -> dict[str, Any] | None:
+    """Return the newest state that can be read and is not undone, the same on all ranks; None at the start of a run."""
+    uri, state = None, None
+    if rank == 0:
+        listed = _listed_checkpoints(rollbacks)
+        for checkpoint in listed:
+            uri = _uri_of(checkpoint)
+            try:
+                state = load_state(uri)
+                break
+            except TrainingError as error:
+                board.post.remote(Message(f"warning: {error}; going back to the one before"))
+        if listed and state is None:
+            raise TrainingError(
+                f"none of the {len(listed)} checkpoints can be read, the oldest being '{uri}'; start again with another --name"
+            )
+    uri = broadcast_from_rank_zero(uri)
+    if uri is None:
+        return None
+    return {**(state or load_state(uri)), "uri": uri}
+
+
+def _listed_checkpoints(rollbacks: list[Rollback]) -> list[Checkpoint]:
+    """Return the checkpoints that are whole and not undone, newest first."""
+    undone = {name for rollback in rollbacks for name in rollback.undone}
+    listed = (entry.checkpoint for entry in ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED))
+    kept = (checkpoint for checkpoint in listed if PurePosixPath(checkpoint.path).name not in undone)
+    return sorted(kept, key=lambda checkpoint: checkpoint.path, reverse=True)
+
+
+def _uri_of(checkpoint: Checkpoint) -> str:
+    return checkpoint.path if checkpoint.path.startswith("/") else f"s3://{checkpoint.path}"
 
 
 def _is_checkpoint_due(job: JobConfig, epoch: int) -> bool:
     return (epoch + 1) % job.train.checkpoint_every_epochs == 0 or epoch + 1 == job.train.epochs
-
-
-class _RunCallback(UserCallback):
-    """Runs in Ray Train's controller, which is on the driver's node."""
-
-    def __init__(self, progress_path: str) -> None:
-        self._progress_path = progress_path
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Write one JSON line per epoch, which the driver follows."""
-        if metrics[0] == _WITHIN_EPOCH:
-            return
-        with open(self._progress_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics[0]) + "\n")
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """End the run, by raising, where starting the workers again would only fail in the same way."""
-        for exception in worker_exceptions.values():
-            error = _users_error(exception)
-            if isinstance(error, (ConfigError, DataError, TrainingError)):
-                raise error
-
-
-class _Progress:
-    """Follows the controller's metrics from the driver and hands them on as they come."""
-
-    POLL_S = 0.2
-
-    def __init__(self, on_epoch: Callable[[dict[str, float]], None]) -> None:
-        self._on_epoch = on_epoch
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
-        self.history: list[dict[str, float]] = []
-
-    def __enter__(self) -> _Progress:
-        handle, self.path = tempfile.mkstemp(prefix="eagleray-progress-", suffix=".jsonl")
-        os.close(handle)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        os.unlink(self.path)
-
-    def _follow(self) -> None:
-        with open(self.path, encoding="utf-8") as file:
-            stopping = False
-            while not stopping:
-                stopping = self._stop.wait(self.POLL_S)
-                self._read(file)
-
-    def _read(self, file: Any) -> None:
-        while True:
-            place = file.tell()
-            line = file.readline()
-            if not line.endswith("\n"):
-                file.seek(place)
-                return
-            metrics = json.loads(line)
-            self.history.append(metrics)
-            self._on_epoch(metrics)
-
-
-def _explain(error: TrainingFailedError, run_name: str, run_uri: str) -> EagleRayError:
-    """Return the first worker's own error if it was meant for the user, else one that says how to go on."""
-    failures = getattr(error, "worker_failures", None) or {}
-    first: BaseException = next(iter(failures.values()), error)
-    users_error = _users_error(first)
-    if users_error is not None:
-        return users_error
-    reason = " ".join(str(first).strip().splitlines()[-1:]) or type(first).__name__
-    return TrainingError(f"run '{run_name}' failed: {reason}; go on from its newest checkpoint in '{run_uri}' with --resume {run_name}")
-
-
-def _users_error(error: BaseException | None) -> EagleRayError | None:
-    """Return the error meant for the user within what Ray wrapped around it, if there is one."""
-    while error is not None and not isinstance(error, EagleRayError):
-        wrapped = (getattr(error, name, None) for name in ("_base_exc", "controller_failure", "cause", "__cause__"))
-        error = next((inner for inner in wrapped if isinstance(inner, BaseException)), None)
-    return error

@@ -17,7 +17,7 @@ from eagleray.data.stream import Batch
 from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.training.loop import Forward
 from eagleray.training.metrics import Totals, rates
-from eagleray.training.mixing import Mix, draw_mix
+from eagleray.training.mixing import Inputs, Mix, draw_mix
 from eagleray.training.recipe import sample_losses
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_mixed_labels(label_smoothing
     """Cross-entropy with labels mixed, then smoothed, by hand; an auxiliary head counts likewise."""
     mix = mix_of("mixup", 1)
     heads = [torch.randn(8, NUM_CLASSES, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in (0, 1)]
-    losses, logits = sample_losses((heads[0], heads[1]), BATCH.targets, label_smoothing, mix)
+    losses, logits = sample_losses((heads[0], heads[1]), mix.probabilities(BATCH.targets, NUM_CLASSES), label_smoothing)
     gradients = torch.autograd.grad(losses.sum(), heads)
 
     hard = one_hot(BATCH.targets, NUM_CLASSES).float()
@@ -157,7 +157,7 @@ def test_training_accuracy_counts_the_dominant_label_of_valid_rows(weight: float
     partners = torch.tensor([5, 0, 1, 2, 3, 4, 6, 7])
     mix = Mix(partners, weight, box=(4, 4, 8, 8))
     totals = Totals(CPU)
-    totals.add(Forward(CPU, PREPROCESSING, "fp32")(LabelReader(), batch, 0.0, mix), num_bad=0)
+    totals.add(Forward(CPU, PREPROCESSING, "fp32")(LabelReader(), Inputs.of(batch, mix, CPU), 0.0), num_bad=0)
     metrics = rates(totals.reduce(), "train")
     # Targets 0 1 2 3 4 0: the first row's partner is of the same class.
     assert metrics["train_top1"] == pytest.approx(1.0 if weight > 0.5 else 1 / 6)
