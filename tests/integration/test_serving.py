@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import os
-import re
 import signal
-import socket
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,57 +19,23 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from ray import serve
+from serving_for_tests import CLASSES, constant_load, free_port, package, picture, predict, replica_pids, wait_until
 
-from eagleray.artifacts.package import WEIGHTS_NAME, ModelCard, save_package
+from eagleray.artifacts.package import WEIGHTS_NAME
 from eagleray.artifacts.registry import ModelVersion, Registry
-from eagleray.config.schema import ModelConfig, ServingConfig, WorkspaceConfig
-from eagleray.data.transforms import Preprocessing
+from eagleray.config.schema import BACKENDS, AutoscaledReplicas, ModelConfig, ServingConfig, WorkspaceConfig
 from eagleray.errors import RegistryError, ServingError
-from eagleray.models.zoo import build_model
-from eagleray.serving import deployment, endpoint
-from eagleray.serving.experiment import Experiment, Variant, with_weights
-from eagleray.serving.outcomes import ExperimentLog, load_signing_key, read_outcomes
+from eagleray.serving import ab, deployment, endpoint
+from eagleray.serving.experiment import Experiment, Variant, new_experiment, with_weights
+from eagleray.serving.outcomes import ExperimentLog, LogReader, load_signing_key
 from eagleray.serving.predictor import Predictor
 
-CLASSES = [f"digit-{i}" for i in range(10)]
 LIMITS = {"max_image_bytes": 200_000, "max_image_pixels": 1_000_000, "max_batch_size": 8}
 
 
 # --- Set-up -----------------------------------------------------------------------------------------------------
-
-
-def picture(seed: int = 0, width: int = 30, height: int = 20) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def package(uri: str, seed: int, name: str = "digits") -> str:
-    torch.manual_seed(seed)
-    config = ModelConfig(name="cnn", params={"width": 8})
-    card = ModelCard(
-        name=name,
-        model=config,
-        classes=CLASSES,
-        preprocessing=Preprocessing(image_size=32, eval_resize=32),
-        metrics={},
-        run_name="test",
-        data_digest="",
-        job={},
-        code_version="",
-    )
-    save_package(uri, build_model(config, len(CLASSES), 32).state_dict(), card)
-    return uri
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +54,7 @@ def versions(registry: Registry) -> dict[str, ModelVersion]:
 
 @pytest.fixture(scope="module")
 def config() -> ServingConfig:
-    return ServingConfig(port=free_port(), **LIMITS)
+    return ServingConfig(port=free_port(), backend="torch-fp32", **LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +67,7 @@ def client(ray_cluster: Any, registry: Registry, versions: dict[str, ModelVersio
 
 def split(challenger: float) -> Experiment:
     variants = [Variant(name="champion", version=1, weight=1 - challenger), Variant(name="challenger", version=2, weight=challenger)]
-    return endpoint.new_experiment("digits", variants)
+    return new_experiment("digits", variants)
 
 
 @pytest.fixture
@@ -113,47 +76,6 @@ def experiment(client: httpx.Client, registry: Registry, versions: dict[str, Mod
     fresh = split(0.5)
     endpoint.deploy("digits", versions, fresh, config, registry.workspace.experiments_uri)
     return fresh
-
-
-def predict(client: httpx.Client, key: str, **headers: str) -> dict[str, Any]:
-    response = client.post("/predict/digits", content=picture(), headers={"X-Routing-Key": key, **headers})
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-@contextmanager
-def constant_load(client: httpx.Client) -> Iterator[list[tuple[int, str]]]:
-    """Ask all the time from four threads; yields the growing list of (status, variant or text)."""
-    results: list[tuple[int, str]] = []
-    stop = threading.Event()
-
-    def ask(thread: int) -> None:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            try:
-                response = client.post("/predict/digits", content=picture(), headers={"X-Routing-Key": f"load-{thread}-{number}"})
-            except httpx.HTTPError as error:
-                results.append((0, repr(error)))
-                continue
-            results.append((response.status_code, response.json()["variant"] if response.status_code == 200 else response.text))
-
-    with ThreadPoolExecutor(4) as pool:
-        threads = [pool.submit(ask, thread) for thread in range(4)]
-        try:
-            yield results
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.result()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------
@@ -167,6 +89,50 @@ def test_the_answer_is_that_of_the_version_that_it_names(client: httpx.Client, v
         assert [p["label"] for p in answer["predictions"]] == [p["label"] for p in expected]
         assert [p["probability"] for p in answer["predictions"]] == pytest.approx([p["probability"] for p in expected], abs=1e-5)
         assert answer["latency_ms"] > 0
+
+
+def test_auto_takes_the_fastest_back_end_that_is_right_and_measures_once(
+    client: httpx.Client, registry: Registry, config: ServingConfig
+) -> None:
+    resnet = ModelConfig(name="resnet_cifar", params={"depth": 14, "width": 16})
+    version = registry.register("letters", package(f"{registry.workspace.models_uri}/letters", 4, "letters", resnet), "", {})
+    experiment = new_experiment("letters", [Variant(name="champion", version=version.version, weight=1)])
+
+    def deploy(backend: str) -> dict[str, Any]:
+        asked = config.model_copy(update={"backend": backend, "backend_tolerance": 0.05})
+        endpoint.deploy("letters", {"champion": version}, experiment, asked, registry.workspace.experiments_uri)
+        row: dict[str, Any] = endpoint.status()["models"]["letters"]["variants"]["champion"]
+        return row
+
+    row = deploy("auto")
+    measured = {tried["backend"]: tried for tried in row["measured"]}
+    assert set(measured) == set(BACKENDS)
+    right = {name: tried for name, tried in measured.items() if tried["refused"] is None}
+    assert all(tried["drift"] <= 0.05 for tried in right.values())
+    assert row["backend"] == max(right, key=lambda name: math.prod(right[name]["images_per_s"].values()))
+    assert client.get("/v2/models/letters").json()["parameters"]["backend"] == row["backend"]
+    told = client.post("/predict/letters?top_k=10", content=picture(5)).json()["predictions"]
+    expected = {p["label"]: p["probability"] for p in Predictor(version.package_uri, 1).predict([picture(5)], top_k=10)[0]}
+    assert {p["label"]: p["probability"] for p in told} == pytest.approx(expected, abs=0.05)
+    assert deploy("auto") == row
+    assert deploy("openvino-fp32")["backend"] == "openvino-fp32"
+    assert client.get("/v2/models/letters").json()["platform"] == "openvino"
+
+
+@pytest.mark.slow
+def test_a_model_that_nobody_asks_has_no_replica_and_who_asks_brings_one_up(
+    client: httpx.Client, registry: Registry, config: ServingConfig
+) -> None:
+    version = registry.register("rare", package(f"{registry.workspace.models_uri}/rare", 5, "rare"), "", {})
+    experiment = new_experiment("rare", [Variant(name="champion", version=version.version, weight=1)])
+    scaled = config.model_copy(update={"num_replicas": AutoscaledReplicas(min=0, max=1, idle_s=1.0)})
+    endpoint.deploy("rare", {"champion": version}, experiment, scaled, registry.workspace.experiments_uri)
+    application = endpoint.status()["models"]["rare"]["variants"]["champion"]
+    assert application["state"] == "RUNNING"
+    wait_until(lambda: not replica_pids("rare-v1"), timeout_s=90)
+    answer = client.post("/predict/rare", content=picture(5))
+    assert answer.status_code == 200 and answer.json()["model"] == "rare"
+    assert len(replica_pids("rare-v1")) == 1
 
 
 def test_several_pictures_in_one_form_are_answered_in_order(client: httpx.Client):
@@ -308,7 +274,7 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(client: httpx.Client, 
     """A second model on the same endpoint, with room for few."""
     version = ModelVersion("narrow", 1, package(str(tmp_path / "narrow"), 9, "narrow"), "", (), datetime.now(UTC), {})
     narrow = config.model_copy(update={"max_batch_size": 1, "max_queued_requests": 1, "max_image_pixels": 50_000_000})
-    only = endpoint.new_experiment("narrow", [Variant(name="champion", version=1, weight=1.0)])
+    only = new_experiment("narrow", [Variant(name="champion", version=1, weight=1.0)])
     endpoint.deploy("narrow", {"champion": version}, only, narrow, registry.workspace.experiments_uri)
     buffer = io.BytesIO()
     Image.new("RGB", (6_000, 6_000)).save(buffer, "PNG")  # takes a while to decode
@@ -363,7 +329,7 @@ def test_feedback_is_durable_and_counts_at_once(client: httpx.Client, registry: 
         assert response.json() == {"request_id": answer["request_id"], "outcome": bool(i % 3)}
         right[answer["variant"]] += bool(i % 3)
         given[answer["variant"]] += 1
-    assert read_outcomes(registry.workspace.experiments_uri, experiment.id).num_rows == 40
+    assert LogReader(registry.workspace.experiments_uri, experiment.id).outcomes().num_rows == 40
     report = client.get("/ab/digits").json()
     assert {name: v["successes"] for name, v in report["variants"].items()} == right
     assert {name: v["outcomes"] for name, v in report["variants"].items()} == given
@@ -393,7 +359,7 @@ def test_outcomes_are_durable_on_s3(s3_store: Any):
     async def run() -> None:
         log = ExperimentLog(s3_store.bucket_uri, "digits-1")
         rows = [
-            {"request_id": f"r{i}", "time": datetime.now(UTC), "variant": "champion", "revision": 1, "label": None, "outcome": True}
+            {"request_id": f"r{i}", "time": datetime.now(UTC), "variant": "champion", "revision": 1, "label": None, "value": 1.0}
             for i in range(50)
         ]
         await asyncio.gather(*(log.outcomes.add_durably(row) for row in rows))
@@ -401,7 +367,7 @@ def test_outcomes_are_durable_on_s3(s3_store: Any):
 
     assert load_signing_key(s3_store.bucket_uri) == load_signing_key(s3_store.bucket_uri)
     asyncio.run(run())
-    assert read_outcomes(s3_store.bucket_uri, "digits-1").num_rows == 50
+    assert LogReader(s3_store.bucket_uri, "digits-1").outcomes().num_rows == 50
 
 
 # --- Changes under load -----------------------------------------------------------------------------------------
@@ -416,27 +382,6 @@ def test_weights_change_under_load_without_a_failed_request(client: httpx.Client
     assert {status for status, _ in results} == {200}, results
     assert {variant for _, variant in results[changed + 8 :]} == {"challenger"}
     assert client.get("/ab/digits").json()["revision"] == 2
-
-
-def replica_pids(application: str) -> list[int]:
-    """Return the processes of an application's replicas, of the cluster that this test started."""
-    pids = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (directory / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if f"ServeReplica:{application}:" in command and os.getpid() in _ancestors(int(directory.name)):
-            pids.append(int(directory.name))
-    return pids
-
-
-def _ancestors(pid: int) -> Iterator[int]:
-    while pid > 1:
-        status = Path(f"/proc/{pid}/status").read_text()
-        found = re.search(r"^PPid:\s+(\d+)", status, re.MULTILINE)
-        pid = int(found.group(1)) if found else 0
-        yield pid
 
 
 def test_a_killed_replica_fails_no_request(client: httpx.Client, experiment: Experiment):
@@ -507,7 +452,7 @@ def test_a_damaged_version_does_not_come_up_and_the_others_serve_on(
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     damaged = ModelVersion("digits", 8, uri, "", (), datetime.now(UTC), {})
     variants = [Variant(name="champion", version=1, weight=0.5), Variant(name="challenger", version=8, weight=0.5)]
-    changed = endpoint.new_experiment("digits", variants)
+    changed = new_experiment("digits", variants)
     with pytest.raises(ServingError, match=r"digits-v8.*do not match the digest"):
         endpoint.deploy("digits", {**versions, "challenger": damaged}, changed, config, registry.workspace.experiments_uri)
     assert {predict(client, f"user-{i}")["version"] for i in range(20)} == {1, 2}
@@ -517,31 +462,31 @@ def test_a_damaged_version_does_not_come_up_and_the_others_serve_on(
 def test_an_experiment_is_run_and_promoted_and_another_aborted_under_load(
     client: httpx.Client, registry: Registry, versions: dict[str, ModelVersion], config: ServingConfig
 ):
-    only = endpoint.new_experiment("digits", [Variant(name="champion", version=1, weight=1.0)])
+    only = new_experiment("digits", [Variant(name="champion", version=1, weight=1.0)])
     endpoint.deploy("digits", {"champion": versions["champion"]}, only, config, registry.workspace.experiments_uri)
     with pytest.raises(ServingError, match="no experiment is running"):
-        endpoint.ab_promote(registry, "digits")
+        ab.promote(registry, "digits")
     with pytest.raises(ServingError, match="served already"):
-        endpoint.ab_start(registry, "digits", "digits@champion", 0.1)
+        ab.start(registry, "digits", {"challenger": "digits@champion"}, {"challenger": 0.1})
     with pytest.raises(RegistryError, match="no version '9'"):
-        endpoint.ab_start(registry, "digits", "9", 0.1)
+        ab.start(registry, "digits", {"challenger": "9"}, {"challenger": 0.1})
 
     with constant_load(client) as results:
-        started = endpoint.ab_start(registry, "digits", "digits:3", 0.5)
+        started = ab.start(registry, "digits", {"challenger": "digits:3"}, {"challenger": 0.5}, guardrails=())
         assert registry.load_experiment("digits") == started.model_dump(mode="json")
         wait_until(lambda: any(variant == "challenger" for _, variant in results))
         with pytest.raises(ServingError, match="already running"):
-            endpoint.ab_start(registry, "digits", "2", 0.1)
-        endpoint.ab_promote(registry, "digits")
+            ab.start(registry, "digits", {"challenger": "2"}, {"challenger": 0.1})
+        ab.promote(registry, "digits")
         promoted = len(results)
         wait_until(lambda: len(results) > promoted + 50)
         assert {variant for _, variant in results[promoted + 8 :]} == {"challenger"}
         assert registry.resolve("digits@champion").version == 3
         assert predict(client, "anybody")["version"] == 3
 
-        endpoint.ab_start(registry, "digits", "2", 0.5)
+        ab.start(registry, "digits", {"challenger": "2"}, {"challenger": 0.5}, guardrails=())
         wait_until(lambda: predict(client, str(time.monotonic()))["version"] == 2)
-        endpoint.ab_abort(registry, "digits")
+        ab.abort(registry, "digits")
         assert {predict(client, f"user-{i}")["version"] for i in range(20)} == {3}
     assert {status for status, _ in results} == {200}, [result for result in results if result[0] != 200]
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import json
 import platform
+import re
 import secrets
-import signal
 import subprocess
-import sys
-import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from head_for_tests import Head, cluster_environment, started_head
 from shards_for_tests import digits_job, write_digit_shards
 
 from eagleray.config.load import dump_job
@@ -22,44 +25,13 @@ from eagleray.ports import free_ports
 
 pytestmark = pytest.mark.slow
 
-BINARIES = Path(sys.executable).parent
-
-
-@dataclass(frozen=True)
-class Head:
-    jobs_address: str
-    address: str
-    environment: dict[str, str]
-
-    def eagleray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "eagleray", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=self.environment | environment, check=False)
-
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head() -> Iterator[Head]:
     """A cluster as `ray start --head` makes it, with a token."""
-    port, dashboard, client, agent = free_ports(4)
-    temp_dir = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    environment["PATH"] = f"{BINARIES}{os.pathsep}{environment['PATH']}"
-    command = [str(BINARIES / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={client}", "--num-cpus=2", f"--temp-dir={temp_dir}", "--disable-usage-stats"]
-    command += [f"--dashboard-agent-listen-port={agent}"]  # the default one is taken by the session's own cluster
-    log_path = tmp_path_factory.mktemp("head") / "head.log"
-    with open(log_path, "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    started = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)
-    try:
-        deadline = time.monotonic() + 90
-        while started.eagleray("jobs", "list", "--address", started.jobs_address).returncode != 0:
-            assert process.poll() is None and time.monotonic() < deadline, log_path.read_text()
+    options = ["--num-cpus=2", '--resources={"queue:research": 2}']
+    with started_head(Head(cluster_environment(), options, forks=True)) as started:
         yield started
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        subprocess.run(["pkill", "-9", "-f", temp_dir], check=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +42,123 @@ def job_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "job.yaml"
 
 
-def test_a_submitted_job_trains_and_registers(head: Head, job_path: Path) -> None:
-    result = head.eagleray("submit", str(job_path), "--address", head.jobs_address, "--name", "submitted")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "epoch   2/2" in result.stdout and "SUCCEEDED" in result.stdout
-    assert (job_path.parent / "work" / "runs" / "submitted" / "job.yaml").exists()
-    models = head.eagleray("models", "list", "--root", str(job_path.parent / "work"))
-    assert "digits" in models.stdout
-
+def test_a_stopped_job_goes_on_where_it_was_and_then_serves(head: Head, job_path: Path) -> None:
+    """`--detach` comes back once the job has passed its checks; the job's file is with it."""
+    (port,) = free_ports(1)
+    settings = ("--set", "train.epochs=40", "--set", "train.checkpoint_every_steps=15", "--set", f"serve.port={port}")
+    options = ("--address", head.jobs_address)
+    result = head.eagleray("submit", str(job_path), *options, *settings, "--name", "stopped", "--detach", "--on-finish", "serve")
+    assert result.returncode == 0 and "checked: 480 pictures in 10 classes, 2 worker(s)" in result.stdout, result.stdout + result.stderr
     submission = result.stdout.split("submitted ")[1].split()[0]
-    assert submission in head.eagleray("jobs", "list", "--address", head.jobs_address).stdout
-    assert "epoch   1/2" in head.eagleray("jobs", "logs", submission, "--address", head.jobs_address).stdout
-    assert "had ended before" in head.eagleray("jobs", "stop", submission, "--address", head.jobs_address).stdout
 
-    again = head.eagleray("submit", str(job_path), "--address", head.jobs_address, "--name", "submitted")
+    def log():
+        return head.eagleray("jobs", "logs", submission, *options).stdout
+
+    deadline = time.monotonic() + 300
+    while "epoch   2/40" not in log():
+        assert time.monotonic() < deadline, log()
+        time.sleep(5)  # the command line takes a core for as long as it starts
+    assert "RUNNING" in head.eagleray("jobs", "resubmit", submission, *options).stderr
+    assert "stopped" in head.eagleray("jobs", "stop", submission, *options).stdout
+    shown = head.eagleray("jobs", "show", submission, *options).stdout
+    assert "STOPPED" in shown and "run:        stopped" in shown and "epochs: 40" in shown
+
+    again = head.eagleray("jobs", "resubmit", submission, *options)
+    assert again.returncode == 0 and "epoch  40/40" in again.stdout, again.stdout + again.stderr
+    assert "epoch   1/40" not in again.stdout, "it has begun anew"
+    address = f"http://127.0.0.1:{port}"
+    assert f"endpoint {address}" in again.stdout
+    with urllib.request.urlopen(f"{address}/v2/models/digits", timeout=30) as response:
+        assert json.load(response)["name"] == "digits"
+
+
+def test_two_users_submit_at_once_and_a_full_queue_lets_one_after_the_other(head: Head, job_path: Path, repository: Path) -> None:
+    """A third one thinks better of it while waiting."""
+    options = ("--address", head.jobs_address)
+
+    def submit(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return head.eagleray("submit", str(job_path), *options, "--queue", "research", "--name", name, *more)
+
+    def id_of(result: subprocess.CompletedProcess[str]) -> str:
+        return result.stdout.split("submitted ")[1].split()[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(submit, name) for name in ("ada", "grace")]
+        while "RUNNING" not in head.eagleray("jobs", "list", *options).stdout:
+            assert not any(future.done() for future in both)
+            time.sleep(2)
+        third = submit("hopper", "--detach")
+        assert third.returncode == 0 and "waits in queue 'research'" in third.stdout, third.stdout + third.stderr
+        assert "ends when its turn comes" in head.eagleray("jobs", "stop", id_of(third), *options).stdout
+        results = {name: future.result() for name, future in zip(("ada", "grace"), both, strict=True)}
+    spans = []
+    for name, result in results.items():
+        assert result.returncode == 0 and "epoch   2/2" in result.stdout, result.stdout + result.stderr
+        shown = head.eagleray("jobs", "show", id_of(result), *options).stdout
+        assert "SUCCEEDED" in shown and "queue:      research" in shown, shown
+        ended = re.search(r"ended: +(.*)", shown)
+        assert ended is not None
+        began = (job_path.parent / "work" / "runs" / name / "job.yaml").stat().st_mtime
+        spans.append((began, datetime.strptime(ended[1], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp()))
+    assert "digits" in head.eagleray("models", "list", "--root", str(job_path.parent / "work")).stdout
+    ada = id_of(results["ada"])
+    assert "SUCCEEDED" in results["ada"].stdout and ada in head.eagleray("jobs", "list", *options).stdout
+    assert "epoch   1/2" in head.eagleray("jobs", "logs", ada, *options).stdout
+    assert "had ended before" in head.eagleray("jobs", "stop", ada, *options).stdout
+    again = head.eagleray("submit", str(job_path), *options, "--name", "ada")
     assert again.returncode == 1 and "already holds a run" in again.stdout and "FAILED" in again.stdout
+    cost = head.eagleray("cluster", "cost", str(repository / "cluster" / "cluster.yaml"), "--cloud", "aws", *options)
+    assert cost.returncode == 0 and re.search(rf"{ada} .*ada .*digits:\d", cost.stdout), cost.stdout + cost.stderr
+
+    (_, first_ended), (second_began, _) = sorted(spans)
+    assert second_began >= first_ended - 1, "two jobs of two workers each ran at once in a queue for two workers"
+    deadline = time.monotonic() + 60
+    while "STOPPED" not in (shown := head.eagleray("jobs", "show", id_of(third), *options).stdout):
+        assert time.monotonic() < deadline, shown
+    assert not (job_path.parent / "work" / "runs" / "hopper").exists()
+
+
+def test_a_queue_that_cannot_be_is_refused(head: Head, job_path: Path) -> None:
+    options = ("--address", head.jobs_address)
+    wrong = head.eagleray("submit", str(job_path), *options, "--queue", "reserch")
+    assert wrong.returncode == 2 and "--queue 'reserch': this cluster has research" in wrong.stderr
+    large = head.eagleray("submit", str(job_path), *options, "--queue", "research", "--set", "train.num_workers=4")
+    assert large.returncode == 2 and "lets 2 workers run at a time, the job has 4" in large.stderr
+
+
+def test_a_job_for_more_gpus_than_there_will_ever_be_is_refused(head: Head, job_path: Path) -> None:
+    settings = ("--set", "train.use_gpu=true", "--detach")
+    result = head.eagleray("submit", str(job_path), "--address", head.jobs_address, *settings)
+    assert result.returncode == 1 and "needs 2 GPUs, the cluster has at most 0" in result.stdout, result.stdout
+
+
+def test_a_job_on_a_bucket_that_the_cluster_cannot_reach_is_refused(head: Head, job_path: Path) -> None:
+    settings = ("--set", "data.val=s3://no-such-bucket/val", "--detach")
+    environment = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}  # of the one who submits: it is the cluster's that counts
+    result = head.eagleray("submit", str(job_path), "--address", head.jobs_address, *settings, **environment)
+    assert result.returncode == 1 and "s3://no-such-bucket" in result.stdout and "Traceback" not in result.stdout, result.stdout
+
+
+def test_a_cluster_with_another_ray_is_refused(head: Head, job_path: Path) -> None:
+    """A job server that answers like one of an older Ray, as far as a client asks before it submits."""
+
+    class OldRay(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"version": "4", "ray_version": "2.49.1", "ray_commit": "0", "session_name": "s"}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), OldRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = head.eagleray("submit", str(job_path), "--address", f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert result.returncode == 2 and "runs Ray 2.49.1, this eagleray needs 2.60" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_wrong_or_missing_token_is_one_clear_line(head: Head) -> None:

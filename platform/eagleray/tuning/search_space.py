@@ -49,17 +49,32 @@ def check_space(job: JobConfig) -> None:
     """
     if job.tune is None:
         raise ConfigError(f"job '{job.name}' has no 'tune' section; add one with families and num_trials (see jobs/quickstart.yaml)")
+    if job.model.pretrained is not None and set(job.tune.families) != {job.model.name}:
+        raise ConfigError(
+            f"tune.families {', '.join(job.tune.families)}: model.pretrained is for model.name '{job.model.name}'; "
+            "make that the only family, or leave model.pretrained out"
+        )
     for family, params in job.tune.families.items():
         try:
             check_model(ModelConfig(name=family, params=dict.fromkeys(params)))
         except ConfigError as error:
             raise ConfigError(f"tune.families.{family}: {error}") from None
+    if job.tune.num_workers > 1 and job.train.parallelism == "fsdp":
+        raise ConfigError(
+            f"tune.num_workers {job.tune.num_workers}: trials do not cut networks up; set train.parallelism: ddp, or tune.num_workers: 1"
+        )
+    trial = _checked("tune.num_workers", job, {"train.num_workers": job.tune.num_workers})
     for key, distribution in job.tune.space.items():
         for value in _corners(distribution):
-            try:
-                with_values(job, {key: value})
-            except ConfigError as error:
-                raise ConfigError(f"tune.space.{key}: {str(error).removeprefix('job: ')}") from None
+            for either in (job, trial):
+                _checked(f"tune.space.{key}", either, {key: value})
+
+
+def _checked(what: str, job: JobConfig, values: dict[str, Any]) -> JobConfig:
+    try:
+        return with_values(job, values)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {str(error).removeprefix('job: ')}") from None
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> None:
