@@ -1,39 +1,47 @@
-"""The HTTP face: plain picture upload, feedback, the experiment's figures, and the Open Inference Protocol (JSON).
+"""The HTTP face: plain picture upload, feedback, the experiment's figures, and the Open Inference Protocol v2.
 
-Open Inference Protocol v2: https://github.com/kserve/open-inference-protocol. The tensor given is `images`, UINT8
-[N, H, W, 3], RGB as displayed; it is resized, cropped and normalised here, as an uploaded picture is.
-Nothing is ever fetched from an address that a client gives.
+Whatever way a picture comes, it is resized, cropped and normalised here. Nothing is ever fetched from an address that a
+client gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
 
-import numpy as np
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray import serve
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.staticfiles import StaticFiles
 
 import eagleray
 from eagleray.config.schema import ServingConfig
-from eagleray.errors import DataError, EagleRayError, ServingError, StorageError
-from eagleray.serving.router import Answer, BusyError, NotFoundError, Router, RouterState, Target
+from eagleray.errors import EagleRayError
+from eagleray.serving import protocol
+from eagleray.serving.access import KEY, AccessControl, Keyring
+from eagleray.serving.experiment import Experiment
+from eagleray.serving.limits import REQUEST_PICTURES, Refusal, body_chunks, check_picture, read_body
+from eagleray.serving.protocol import first_problem
+from eagleray.serving.router import Answer, Router, RouterState, status_of
+from eagleray.serving.rpc import InferenceService
 
 NAME = "Ingress"
 ROUTING_KEY_COOKIE = "routing_key"
 MAX_TOP_K = 1000
-REQUEST_PICTURES = 4
-"""A multipart request or a tensor may hold as many bytes as this many of the largest pictures."""
 
 _PICTURE_FIELD = "image"
 _RETRY_AFTER_S = 1
+_FEEDBACK_BYTES = 65_536
+_FEEDBACK_UPLOAD_S = 20.0
 
 RoutingKey = Annotated[
     str | None, Header(alias="X-Routing-Key", max_length=512, description="Who asks: the same key gets the same variant")
@@ -41,61 +49,58 @@ RoutingKey = Annotated[
 VariantOverride = Annotated[
     str | None, Header(alias="X-Variant", description="For testers: this variant, outside of the experiment's figures")
 ]
+Covariate = Annotated[
+    float | None,
+    Header(alias="X-Covariate", allow_inf_nan=False, description="A number known of the user before the experiment; sharpens its figures"),
+]
+TimeoutMs = Annotated[int | None, Header(alias="X-Timeout-Ms", ge=1, description="An answer that takes longer is of no use: 504")]
 TopK = Annotated[int, Query(ge=1, le=MAX_TOP_K, description="How many classes to answer, most probable first")]
 
 
-class Refusal(Exception):
-    """A request that is answered with an error status and its reason."""
+PAGE = Path(__file__).parent / "page"
 
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 class Feedback(BaseModel):
-    """What came of a request: its true label, or an outcome (clicked, accepted, …)."""
+    """What came of a request: its true label, an outcome (clicked, accepted, …), or a number (minutes watched, sales, …)."""
 
     model_config = ConfigDict(extra="forbid")
 
     request_id: Annotated[str, Field(max_length=1024)]
     label: str | None = None
     outcome: bool | None = None
+    value: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Feedback:
-        if (self.label is None) == (self.outcome is None):
-            raise ValueError("give either label or outcome")
+        if [self.label, self.outcome, self.value].count(None) != 2:
+            raise ValueError("give either label or outcome or value")
         return self
-
-
-class InferTensor(BaseModel):
-    name: Literal["images"]
-    shape: tuple[int, int, int, Literal[3]]
-    datatype: Literal["UINT8"]
-    data: list[Any]
-
-
-class InferRequest(BaseModel):
-    """An inference request of the Open Inference Protocol, JSON tensors."""
-
-    id: str | None = None
-    inputs: Annotated[list[InferTensor], Field(min_length=1, max_length=1)]
 
 
 @serve.deployment(name=NAME)
 @serve.ingress()
-class Ingress:
+class Ingress(InferenceService):
     """The replica that clients talk to; `user_config` is a dumped `RouterState`."""
 
     def __init__(self) -> None:
         self._router = Router()
+        self._keyring = Keyring()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._router)
+        return build_app(self._router, self._keyring)
 
     async def reconfigure(self, state: dict[str, Any]) -> None:
-        await self._router.reconfigure(RouterState.model_validate(state))
+        new = RouterState.model_validate(state)
+        await self._keyring.use(new.keys_uri)
+        await self._router.reconfigure(new)
 
     async def state(self) -> dict[str, Any]:
         return self._router.state.model_dump(mode="json")
@@ -104,44 +109,105 @@ class Ingress:
         return await self._router.report(model)
 
 
-def build_app(router: Router) -> FastAPI:
+def build_app(router: Router, keyring: Keyring) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        keyring.close()
         await router.close()
 
     app = FastAPI(title="eagleray", version=eagleray.__version__, lifespan=lifespan)
+    app.add_middleware(AccessControl, keyring=keyring, refuse=_refused)
     _add_error_handlers(app)
+    _add_page(app)
     _add_picture_routes(app, router)
+    _add_explain_route(app, router)
     _add_protocol_routes(app, router)
     return app
+
+
+# --- Page -------------------------------------------------------------------------------------------------------
+
+
+class _PageFiles(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_PAGE_HEADERS)
+        return response
+
+
+def _add_page(app: FastAPI) -> None:
+    files = _PageFiles(directory=PAGE)
+    app.mount("/page", files)
+
+    @app.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
 
 
 # --- Pictures, feedback, experiment -----------------------------------------------------------------------------
 
 
 def _add_picture_routes(app: FastAPI, router: Router) -> None:
-    @app.get("/", include_in_schema=False)
-    async def index() -> RedirectResponse:
-        return RedirectResponse("docs")
-
     @app.post("/predict/{model}", summary="Classify one or more pictures", openapi_extra=_PREDICT_BODY)
     async def predict(
-        request: Request, model: str, top_k: TopK = 5, x_routing_key: RoutingKey = None, x_variant: VariantOverride = None
+        request: Request,
+        model: str,
+        top_k: TopK = 5,
+        x_routing_key: RoutingKey = None,
+        x_variant: VariantOverride = None,
+        x_covariate: Covariate = None,
+        x_timeout_ms: TimeoutMs = None,
     ) -> Any:
-        pictures = await _read_pictures(request, router.model(model).config)
+        config = router.model(model).config
+        seconds = _time(config, x_timeout_ms)
+        until = _now() + seconds
+        pictures = await _read_pictures(request, config, seconds)
         key = x_routing_key or request.cookies.get(ROUTING_KEY_COOKIE)
-        target = router.target(model, key, variant=x_variant)
+        target = router.target(model, key, variant=x_variant, covariate=x_covariate, until=until)
         return _picture_answer(await router.classify(target, pictures, top_k))
 
-    @app.post("/feedback", summary="Tell what came of a request")
-    async def feedback(body: Feedback) -> dict[str, Any]:
-        outcome = await router.feedback(body.request_id, body.label, body.outcome)
-        return {"request_id": body.request_id, "outcome": outcome}
+    @app.post("/feedback", summary="Tell what came of a request", openapi_extra=_json_body(Feedback))
+    async def feedback(request: Request) -> dict[str, Any]:
+        try:
+            body = Feedback.model_validate_json(await read_body(request, _FEEDBACK_BYTES, _FEEDBACK_UPLOAD_S))
+        except ValidationError as error:
+            raise Refusal(422, first_problem(error.errors())) from None
+        value = await router.feedback(body.request_id, body.label, body.value if body.outcome is None else float(body.outcome))
+        return {"request_id": body.request_id, **({"outcome": bool(value)} if body.value is None else {"value": value})}
+
+    @app.get("/models", summary="What is served")
+    async def models() -> dict[str, Any]:
+        return {
+            "models": [
+                {"name": name, "variants": {variant: backend.version for variant, backend in spec.backends.items()}}
+                for name, spec in router.state.models.items()
+            ]
+        }
 
     @app.get("/ab/{model}", summary="The experiment's figures")
     async def report(model: str) -> dict[str, Any]:
         return await router.report(model)
+
+    @app.post("/ab/{model}/promote", summary="End the experiment: a variant gets all traffic")
+    async def promote(request: Request, model: str, variant: str | None = None) -> dict[str, Any]:
+        return _ended(await router.decide(model, "promote", variant, _decider(request)))
+
+    @app.post("/ab/{model}/abort", summary="End the experiment: the control gets all traffic back")
+    async def abort(request: Request, model: str) -> dict[str, Any]:
+        return _ended(await router.decide(model, "abort", None, _decider(request)))
+
+
+def _decider(request: Request) -> str:
+    """Return whose key it is; without one, any page that a browser is on could decide (the path asks for the role admin)."""
+    key = request.scope[KEY]
+    if key is None:
+        raise Refusal(403, "a decision over HTTP needs an API key with the role admin; deploy with --keys, or use `eagleray ab`")
+    return f"key {key.name}"
+
+
+def _ended(experiment: Experiment) -> dict[str, Any]:
+    return {"experiment": experiment.id, "status": experiment.status, "winner": experiment.winner}
 
 
 def _picture_answer(answer: Answer) -> dict[str, Any]:
@@ -158,24 +224,71 @@ def _picture_answer(answer: Answer) -> dict[str, Any]:
     }
 
 
-async def _read_pictures(request: Request, config: ServingConfig) -> list[bytes]:
+def _add_explain_route(app: FastAPI, router: Router) -> None:
+    @app.post(
+        "/explain/{model}",
+        summary="Show what spoke for a class in a picture",
+        description="A PNG where `Accept` asks for `image/png`, else the heat map as JSON. Never counted in the experiment.",
+        openapi_extra=_PREDICT_BODY,
+    )
+    async def explain(
+        request: Request,
+        model: str,
+        label: Annotated[str | None, Query(description="The class; the most probable one where none is given")] = None,
+        x_routing_key: RoutingKey = None,
+        x_variant: VariantOverride = None,
+        x_timeout_ms: TimeoutMs = None,
+    ) -> Any:
+        config = router.model(model).config
+        seconds = _time(config, x_timeout_ms)
+        until = _now() + seconds
+        pictures = await _read_pictures(request, config, seconds)
+        if len(pictures) > 1:
+            raise Refusal(400, f"{len(pictures)} pictures; send one at a time to be explained")
+        target = router.target(model, x_routing_key or request.cookies.get(ROUTING_KEY_COOKIE), variant=x_variant, until=until)
+        as_png = "image/png" in request.headers.get("accept", "")
+        explained = await router.explain(target, pictures[0], label, as_png)
+        prediction, variant = explained["prediction"], target.variant
+        assert prediction is not None and explained["square"] is not None
+        if explained["png"] is not None:
+            headers = {
+                "X-Variant": variant.name,
+                "X-Version": str(variant.version),
+                "X-Label": quote(prediction["label"]),
+                "X-Probability": f"{prediction['probability']:.6f}",
+            }
+            return Response(explained["png"], media_type="image/png", headers=headers)
+        return {
+            "model": model,
+            "version": variant.version,
+            "variant": variant.name,
+            **prediction,
+            "heat_map": explained["heat_map"],
+            "square": dict(zip(("left", "top", "side"), explained["square"], strict=True)),
+        }
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _time(config: ServingConfig, timeout_ms: int | None) -> float:
+    """Return the seconds that a request has."""
+    return config.request_timeout_s if timeout_ms is None else min(config.request_timeout_s, timeout_ms / 1000)
+
+
+async def _read_pictures(request: Request, config: ServingConfig, timeout_s: float) -> list[bytes]:
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        pictures = await _read_multipart(request, config)
+        pictures = await _read_multipart(request, config, timeout_s)
     else:
-        pictures = [await _read_body(request, config.max_image_bytes)]
+        pictures = [await read_body(request, config.max_image_bytes, min(timeout_s, config.upload_timeout_s))]
     for index, picture in enumerate(pictures):
-        which = "the body" if len(pictures) == 1 else f"picture {index}"
-        if not picture:
-            raise Refusal(400, f"{which} is empty; send a JPEG, PNG or WebP picture")
-        if len(picture) > config.max_image_bytes:
-            raise Refusal(413, f"{which} has {len(picture)} bytes, more than the limit of {config.max_image_bytes}")
-        if not _is_picture(picture):
-            raise Refusal(415, f"{which} is not a JPEG, PNG or WebP picture")
+        check_picture(picture, "the body" if len(pictures) == 1 else f"picture {index}", config)
     return pictures
 
 
-async def _read_multipart(request: Request, config: ServingConfig) -> list[bytes]:
-    stream = _limited(request, REQUEST_PICTURES * config.max_image_bytes)
+async def _read_multipart(request: Request, config: ServingConfig, timeout_s: float) -> list[bytes]:
+    stream = body_chunks(request, REQUEST_PICTURES * config.max_image_bytes, min(timeout_s, config.upload_timeout_s))
     try:
         form = await MultiPartParser(request.headers, stream, max_files=config.max_batch_size, max_fields=0).parse()
     except MultiPartException as error:
@@ -192,26 +305,8 @@ async def _read_multipart(request: Request, config: ServingConfig) -> list[bytes
         await form.close()
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    return b"".join([chunk async for chunk in _limited(request, limit)])
-
-
-async def _limited(request: Request, limit: int) -> AsyncGenerator[bytes]:
-    """Yield the body's chunks; refuse it as soon as it is known to be too large."""
-    reason = f"the body has more than {limit} bytes, the limit"
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise Refusal(413, reason)
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > limit:
-            raise Refusal(413, reason)
-        yield chunk
-
-
-def _is_picture(data: bytes) -> bool:
-    return data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+def _json_body(model: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
 
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -238,7 +333,7 @@ _PREDICT_BODY = {
 def _add_protocol_routes(app: FastAPI, router: Router) -> None:
     @app.get("/v2", summary="Server metadata")
     async def server() -> dict[str, Any]:
-        return {"name": "eagleray", "version": eagleray.__version__, "extensions": []}
+        return {"name": "eagleray", "version": eagleray.__version__, "extensions": protocol.EXTENSIONS}
 
     @app.get("/v2/health/live", summary="Whether the server runs")
     async def live() -> dict[str, bool]:
@@ -258,69 +353,47 @@ def _add_protocol_routes(app: FastAPI, router: Router) -> None:
     @app.get("/v2/models/{model}/versions/{version}", summary="Version metadata")
     @app.get("/v2/models/{model}", summary="Model metadata")
     async def model_metadata(model: str, version: int | None = None) -> dict[str, Any]:
-        spec = router.model(model)
-        backend = router.target(model, None, version=version).backend.spec
-        return {
-            "name": model,
-            "versions": sorted({str(other.version) for other in spec.backends.values()}),
-            "platform": "pytorch",
-            "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}],
-            "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, len(backend.classes)]}],
-            "parameters": {"classes": backend.classes, "weights_sha256": backend.weights_sha256, "image_size": backend.image_size},
-        }
+        return router.metadata(model, version)
 
     @app.post("/v2/models/{model}/versions/{version}/infer", summary="Infer with a version", openapi_extra=_INFER_BODY)
     @app.post("/v2/models/{model}/infer", summary="Infer", openapi_extra=_INFER_BODY)
     async def infer(
-        request: Request, model: str, version: int | None = None, x_routing_key: RoutingKey = None, x_variant: VariantOverride = None
-    ) -> dict[str, Any]:
+        request: Request,
+        model: str,
+        version: int | None = None,
+        x_routing_key: RoutingKey = None,
+        x_variant: VariantOverride = None,
+        x_covariate: Covariate = None,
+        x_timeout_ms: TimeoutMs = None,
+    ) -> Response:
         config = router.model(model).config
-        asked, pixels = _parse_infer(await _read_body(request, REQUEST_PICTURES * config.max_image_bytes), config)
+        begun, seconds = _now(), _time(config, x_timeout_ms)
+        asked = await _read_infer(request, config, seconds)
+        until = begun + min(seconds, asked.timeout_s or seconds)
         key = x_routing_key or request.cookies.get(ROUTING_KEY_COOKIE)
-        target = router.target(model, key, variant=x_variant, version=version)
-        answer, probabilities = await router.classify_pixels(target, pixels)
-        return _infer_answer(asked, target, answer, probabilities)
+        target = router.target(model, key, variant=x_variant, version=version, covariate=x_covariate, until=until)
+        return _infer_response(*protocol.build_answer(asked, await router.infer(target, asked)))
 
 
-def _parse_infer(body: bytes, config: ServingConfig) -> tuple[InferRequest, np.ndarray]:
-    try:
-        asked = InferRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise Refusal(400, f"not an inference request: {_first_problem(error.errors())}") from None
-    tensor = asked.inputs[0]
-    count, height, width, _ = tensor.shape
-    if not (0 < count <= config.max_batch_size and min(height, width) > 0 and height * width <= config.max_image_pixels):
-        raise Refusal(
-            422,
-            f"inputs.0.shape {list(tensor.shape)}: up to {config.max_batch_size} pictures of up to {config.max_image_pixels} pixels each",
-        )
-    try:
-        values = np.asarray(tensor.data, dtype=np.int64)
-        if values.size and (values.min() < 0 or values.max() > 255):
-            raise ValueError("UINT8 values go from 0 to 255")
-        return asked, values.astype(np.uint8).reshape(tensor.shape)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise Refusal(422, f"inputs.0.data does not fit datatype UINT8 and shape {list(tensor.shape)}: {error}") from None
+async def _read_infer(request: Request, config: ServingConfig, timeout_s: float) -> protocol.Asked:
+    json_size = protocol.header_length(request.headers.get(protocol.HEADER_LENGTH))
+    if json_size is not None and json_size > config.max_json_bytes:
+        raise Refusal(413, f"{protocol.HEADER_LENGTH} {json_size}: more than {config.max_json_bytes} bytes of JSON, the limit")
+    if json_size is None:
+        limit, remedy = config.max_json_bytes, f"; send tensors as binary data ({protocol.HEADER_LENGTH})"
+    else:
+        limit, remedy = json_size + REQUEST_PICTURES * config.max_image_bytes, ""
+    return protocol.parse_request(await read_body(request, limit, min(timeout_s, config.upload_timeout_s), remedy), json_size, config)
 
 
-def _infer_answer(asked: InferRequest, target: Target, answer: Answer, probabilities: np.ndarray) -> dict[str, Any]:
-    return {
-        "model_name": target.model.experiment.model,
-        "model_version": str(target.variant.version),
-        "id": asked.id or answer.request_ids[0],
-        "parameters": {"variant": target.variant.name, "request_ids": answer.request_ids},
-        "outputs": [
-            {
-                "name": "probabilities",
-                "datatype": "FP32",
-                "shape": list(probabilities.shape),
-                "data": [round(float(p), 7) for p in probabilities.ravel()],
-            }
-        ],
-    }
+def _infer_response(body: bytes, json_size: int | None) -> Response:
+    if json_size is None:
+        return Response(body, media_type="application/json")
+    return Response(body, media_type="application/octet-stream", headers={protocol.HEADER_LENGTH: str(json_size)})
 
 
-_INFER_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": InferRequest.model_json_schema()}}}}
+_INFER_BODY = _json_body(protocol.InferRequest)
+_INFER_BODY["requestBody"]["content"]["application/octet-stream"] = {"schema": _BINARY}
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------
@@ -331,17 +404,16 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Refusal)
     async def refused(_: Request, error: Refusal) -> JSONResponse:
-        return _error(error.status, error.reason)
+        return _refused(error)
 
     @app.exception_handler(EagleRayError)
     async def failed(_: Request, error: EagleRayError) -> JSONResponse:
-        is_temporary = isinstance(error, BusyError | StorageError)
-        status = {NotFoundError: 404, DataError: 422, ServingError: 422, BusyError: 503, StorageError: 503}.get(type(error), 500)
-        return _error(status, str(error), {"Retry-After": str(_RETRY_AFTER_S)} if is_temporary else None)
+        status = status_of(error)
+        return _error(status, str(error), {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else None)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(422, _first_problem(error.errors()))
+        return _error(422, first_problem(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
@@ -352,12 +424,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         return _error(500, f"internal error ({type(error).__name__}); the server's log says more")
 
 
+def _refused(refusal: Refusal) -> JSONResponse:
+    return _error(refusal.status, refusal.reason, refusal.headers)
+
+
 def _error(status: int, reason: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": reason}, status, headers=headers)
-
-
-def _first_problem(problems: Any) -> str:
-    problem = problems[0]
-    place = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header"))
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message

@@ -1,4 +1,4 @@
-"""From the driver: bring versions up behind the endpoint, change what it serves, run experiments on it.
+"""From the driver: bring versions up behind the endpoint, and change what it serves.
 
 Each version is a Ray Serve application of its own, without an address; one more, the ingress, is the endpoint. A
 change brings up what is new, then hands the ingress its new state through `user_config` (no replica restarts), then
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import secrets
+import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -24,29 +23,28 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from eagleray import storage
 from eagleray.artifacts.package import load_card
-from eagleray.config.schema import ServingConfig
-from eagleray.errors import ServingError
+from eagleray.config.schema import REQUEST_TIMEOUT_S, AutoscaledReplicas, ServingConfig
+from eagleray.errors import EagleRayError, ServingError
+from eagleray.placement import on_group
 from eagleray.ports import check_port_free
 from eagleray.serving import app as ingress
 from eagleray.serving import deployment
-from eagleray.serving.experiment import Experiment, Variant, conclude, with_weights
-from eagleray.serving.router import BackendSpec, ModelSpec, RouterState
+from eagleray.serving.access import list_keys
+from eagleray.serving.backends import REFERENCE, BackendChoice, choose_for_package
+from eagleray.serving.experiment import Experiment
+from eagleray.serving.router import WATCHER_APPLICATION, BackendSpec, ModelSpec, RouterState
+from eagleray.serving.rpc import SERVICERS
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-    from eagleray.artifacts.registry import Registry
-
 INGRESS_APPLICATION = "eagleray"
-CHAMPION = "champion"
-CHALLENGER = "challenger"
 START_TIMEOUT_S = 180.0
-REQUEST_TIMEOUT_S = 60.0
-"""A request that has no answer by then is ended with 408."""
-
+UPSCALE_DELAY_S = 5.0
+"""Time of more load before a replica is added."""
 _INGRESS_CPUS = 0.1
 _CLASSIFIER_CPUS = 0.2
-_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 class Version(Protocol):
@@ -69,8 +67,9 @@ def deploy(model: str, versions: Mapping[str, Version], experiment: Experiment, 
     Other models on the endpoint stay. Needs a Ray that is connected to (`ray.init`).
 
     Raises:
-        RegistryError: a version's package is missing or damaged.
-        ServingError: the port is taken, or a version does not come up.
+        RegistryError: a version's package is missing, damaged, or not signed by whom `config` trusts.
+        ServingError: the port is taken, the certificate cannot be used, keys that are in force are not named, or a version
+            does not come up.
     """
     missing = [v.name for v in experiment.variants if v.name not in versions and experiment.winner in (None, v.name)]
     if missing:
@@ -78,10 +77,23 @@ def deploy(model: str, versions: Mapping[str, Version], experiment: Experiment, 
     address = _start_serve(config)
     state = _state()
     state.experiments_uri = storage.normalize_uri(experiments_uri)
-    state.models[model] = ModelSpec(experiment=experiment, backends=_backends(versions), config=config)
+    state.keys_uri = _keys_uri(state, config)
+    state.models[model] = ModelSpec(experiment=experiment, backends=_backends(versions, config), config=config)
     _apply(state)
     _wait_until_ready(address)
     return address
+
+
+def _keys_uri(state: RouterState, config: ServingConfig) -> str | None:
+    """Return the keys of the endpoint from now on; they are never dropped just because a deployment does not name them."""
+    if config.keys_uri is not None:
+        list_keys(config.keys_uri)  # a folder that cannot be read is known before anything changes
+    elif state.keys_uri is not None and not config.allow_anonymous:
+        raise ServingError(
+            f"serve.keys_uri is not set, but the endpoint asks for API keys from '{state.keys_uri}'; set serve.keys_uri to that, "
+            "or serve.allow_anonymous: true to let everybody in"
+        )
+    return config.keys_uri
 
 
 def status() -> dict[str, Any]:
@@ -99,6 +111,9 @@ def status() -> dict[str, Any]:
                 "version": backend.version,
                 "state": str(applications[backend.application].status.value) if backend.application in applications else "GONE",
                 "traffic": _traffic(spec.experiment, variant),
+                "backend": backend.choice and backend.choice.backend,
+                "speed_up": backend.choice and backend.choice.speed_up,
+                "measured": [row.model_dump() for row in backend.choice.measured] if backend.choice else [],
             }
             for variant, backend in spec.backends.items()
         }
@@ -106,19 +121,37 @@ def status() -> dict[str, Any]:
     return {"address": _address(), "models": models}
 
 
-def update_experiment(experiment: Experiment) -> None:
-    """Put a changed experiment into force; variants that it no longer sends anybody to are taken down.
+def models() -> list[str]:
+    """Return the names of the models that are served; none where no endpoint runs."""
+    return list(_state().models) if _is_running() else []
+
+
+def experiment(model: str) -> Experiment:
+    """Return the experiment on `model`, running or ended. Raises ServingError where it is not served."""
+    return _model(_running_state(), model).experiment
+
+
+def update_experiment(changed: Experiment, versions: Mapping[str, Version] | None = None) -> None:
+    """Put a changed experiment, or the next one, into force; variants that it no longer needs are taken down.
+
+    Args:
+        versions: by variant, those that are not up yet.
 
     Raises:
-        ServingError: its model is not served, or a variant has no version up.
+        ServingError: its model is not served, a variant has no version up, or somebody else changed it in the meantime.
     """
     state = _running_state()
-    spec = _model(state, experiment.model)
-    keep = {v.name for v in experiment.variants} if experiment.is_running else {cast(str, experiment.winner)}
-    if missing := keep - set(spec.backends):
-        raise ServingError(f"'{experiment.model}': the variants {', '.join(sorted(missing))} have no version up; deploy them first")
-    backends = {name: backend for name, backend in spec.backends.items() if name in keep}
-    state.models[experiment.model] = spec.model_copy(update={"experiment": experiment, "backends": backends})
+    spec = _model(state, changed.model)
+    current = spec.experiment
+    if current.id == changed.id and not (current.is_running and changed.revision - current.revision in (0, 1)):
+        raise ServingError(f"the experiment on '{changed.model}' was changed by somebody else in this moment; look at it again")
+    needed = changed.variants if changed.is_running else (changed.answering,)
+    up = {backend.version: backend for backend in spec.backends.values()}
+    new = {variant.name: versions[variant.name] for variant in needed if versions and variant.version not in up}
+    if missing := [variant.name for variant in needed if variant.version not in up and variant.name not in new]:
+        raise ServingError(f"'{changed.model}': the variants {', '.join(sorted(missing))} have no version up; deploy them first")
+    backends = {variant.name: up[variant.version] for variant in needed if variant.version in up} | _backends(new, spec.config)
+    state.models[changed.model] = spec.model_copy(update={"experiment": changed, "backends": backends})
     _apply(state)
 
 
@@ -132,125 +165,14 @@ def shutdown() -> None:
     """Take the endpoint down, after its log is written, and Ray Serve with it unless somebody else uses it."""
     if not ray.is_initialized() or not _is_serve_up():
         return
-    ours = {INGRESS_APPLICATION, *_applications(_state())}
-    if ours.issuperset(serve.status().applications):
+    # A version that was taken down a moment ago is nobody else's.
+    running = {name for name, application in serve.status().applications.items() if application.status != ApplicationStatus.DELETING}
+    ours = {WATCHER_APPLICATION, INGRESS_APPLICATION, *_applications(_state())}
+    if ours.issuperset(running):
         serve.shutdown()
     else:
-        for name in (INGRESS_APPLICATION, *sorted(ours - {INGRESS_APPLICATION})):
+        for name in sorted(ours & running, key=lambda name: (name != WATCHER_APPLICATION, name != INGRESS_APPLICATION)):
             serve.delete(name)
-
-
-def new_experiment(model: str, variants: Iterable[Variant]) -> Experiment:
-    """Return a running experiment that starts now; the first variant is the control."""
-    now = datetime.now(UTC)
-    name = f"{model}-{now:%Y%m%dt%H%M%S}-{secrets.token_hex(2)}"
-    return Experiment(id=name, model=model, salt=secrets.token_hex(16), variants=tuple(variants), started=now, revised=now)
-
-
-def ab_start(registry: Registry, name: str, challenger: str, traffic_fraction: float) -> Experiment:
-    """Send `traffic_fraction` of the users of `name`, which is served, to another version.
-
-    Args:
-        challenger: a reference (`imagenet:7`, `imagenet@challenger`) or a version number.
-
-    Raises:
-        RegistryError: no such version.
-        ServingError: `name` is not served, an experiment is running on it, or the version is the one that is served.
-    """
-    if not 0 < traffic_fraction < 1:
-        raise ServingError(f"traffic {traffic_fraction}: give a fraction between 0 and 1, such as 0.1 for 10 %")
-    state = _running_state()
-    spec = _model(state, name)
-    if spec.experiment.is_running and len(spec.experiment.variants) > 1:
-        raise ServingError(f"an experiment is already running on '{name}'; promote or abort it first")
-    served = next(iter(spec.backends.values()))
-    version = registry.resolve(f"{name}:{challenger}" if challenger.isdigit() else challenger)
-    if version.name != name:
-        raise ServingError(f"'{challenger}' is a version of '{version.name}', not of '{name}'")
-    if version.version == served.version:
-        raise ServingError(f"version {version.version} of '{name}' is what is served already; name another one")
-    experiment = new_experiment(
-        name,
-        [
-            Variant(name=CHAMPION, version=served.version, weight=1 - traffic_fraction),
-            Variant(name=CHALLENGER, version=version.version, weight=traffic_fraction),
-        ],
-    )
-    backends = {CHAMPION: served} | _backends({CHALLENGER: version})
-    state.models[name] = spec.model_copy(update={"experiment": experiment, "backends": backends})
-    _apply(state)
-    _record(registry, experiment, "ab_start", {"weights": experiment.shares, "versions": _versions(experiment)})
-    return experiment
-
-
-def ab_status(registry: Registry, name: str) -> dict[str, Any]:
-    """Return the figures of the running experiment, or those with which the last one ended.
-
-    Raises:
-        ServingError: there has been no experiment on `name`.
-    """
-    if _is_running() and name in _state().models:
-        return report(name)
-    ended = [event for event in registry.events(name) if "report" in event]
-    if not ended:
-        raise ServingError(f"no experiment has been run on '{name}'; start one with `eagleray ab start {name}`")
-    return cast("dict[str, Any]", ended[-1]["report"])
-
-
-def ab_set_weights(registry: Registry, name: str, weights: Mapping[str, float]) -> Experiment:
-    """Change the split; as few users as possible change their variant. Figures start anew. Raises ServingError."""
-    experiment = _model(_running_state(), name).experiment
-    figures = report(name)
-    changed = with_weights(experiment, weights, datetime.now(UTC))
-    update_experiment(changed)
-    _record(registry, changed, "ab_weights", {"weights": changed.shares, "report": figures})
-    return changed
-
-
-def ab_promote(registry: Registry, name: str, variant: str | None = None) -> Experiment:
-    """End the experiment: `variant` (by default the only challenger) becomes `champion` and gets all traffic.
-
-    Raises:
-        ServingError: no experiment is running, or it is not clear which variant is meant.
-    """
-    experiment = _experiment_with_challengers(name)
-    challengers = [v.name for v in experiment.variants[1:]]
-    if variant is None and len(challengers) > 1:
-        raise ServingError(f"'{name}' has the challengers {', '.join(challengers)}; say which one to promote")
-    winner = experiment.variant(variant or challengers[0])
-    ended = _end(registry, experiment, winner.name, "ab_promote")
-    registry.set_alias(name, CHAMPION, winner.version)
-    return ended
-
-
-def ab_abort(registry: Registry, name: str) -> Experiment:
-    """End the experiment: all traffic returns to the control. Raises ServingError."""
-    experiment = _experiment_with_challengers(name)
-    return _end(registry, experiment, experiment.control.name, "ab_abort")
-
-
-def _experiment_with_challengers(name: str) -> Experiment:
-    experiment = _model(_running_state(), name).experiment
-    if not experiment.is_running or len(experiment.variants) == 1:
-        raise ServingError(f"no experiment is running on '{name}'; start one with `eagleray ab start {name}`")
-    return experiment
-
-
-def _end(registry: Registry, experiment: Experiment, winner: str, kind: str) -> Experiment:
-    figures = report(experiment.model)
-    ended = conclude(experiment, winner, "promoted" if kind == "ab_promote" else "aborted", datetime.now(UTC))
-    update_experiment(ended)
-    _record(registry, ended, kind, {"winner": winner, "versions": _versions(ended), "report": figures})
-    return ended
-
-
-def _record(registry: Registry, experiment: Experiment, kind: str, details: dict[str, Any]) -> None:
-    registry.save_experiment(experiment.model, experiment.model_dump(mode="json") if experiment.is_running else None)
-    registry.record_event(experiment.model, kind, {"experiment": experiment.id} | details)
-
-
-def _versions(experiment: Experiment) -> dict[str, int]:
-    return {variant.name: variant.version for variant in experiment.variants}
 
 
 # --- Ray Serve --------------------------------------------------------------------------------------------------
@@ -260,8 +182,20 @@ def _start_serve(config: ServingConfig) -> str:
     """Start Ray Serve on the configured port, unless it runs there; return the address."""
     if not _is_serve_up():
         check_port_free(config.host, config.port)
-        http_options = {"host": config.host, "port": config.port, "request_timeout_s": REQUEST_TIMEOUT_S}
-        serve.start(http_options=http_options, logging_config=_QUIET)
+        _check_certificate(config)
+        http_options = {
+            "host": config.host,
+            "port": config.port,
+            # The ingress ends requests before, with a reason; this is for those that never come to an end there.
+            "request_timeout_s": REQUEST_TIMEOUT_S + 5.0,
+            "ssl_keyfile": config.tls_key_path,
+            "ssl_certfile": config.tls_cert_path,
+        }
+        grpc_options = None
+        if config.grpc_port is not None:
+            check_port_free("127.0.0.1", config.grpc_port)
+            grpc_options = {"port": config.grpc_port, "grpc_servicer_functions": SERVICERS, "request_timeout_s": REQUEST_TIMEOUT_S + 5.0}
+        serve.start(http_options=http_options, grpc_options=grpc_options, logging_config=QUIET)
         return _address()
     options = _serve_client().http_config
     if options.port != config.port:
@@ -269,7 +203,24 @@ def _start_serve(config: ServingConfig) -> str:
             f"serve.port {config.port}: Ray Serve already runs on this cluster with port {options.port}; "
             f"set serve.port to {options.port}, or end what is served there"
         )
+    if options.ssl_certfile != config.tls_cert_path:
+        raise ServingError(
+            f"serve.tls_cert_path {config.tls_cert_path}: Ray Serve already runs on this cluster with {options.ssl_certfile}; "
+            "set it to that, or end what is served there"
+        )
     return _address()
+
+
+def _check_certificate(config: ServingConfig) -> None:
+    if config.tls_cert_path is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert_path, config.tls_key_path)
+    except OSError as error:  # ssl.SSLError among them
+        raise ServingError(
+            f"serve.tls_cert_path {config.tls_cert_path}, serve.tls_key_path {config.tls_key_path}: cannot be used ({error}); "
+            "give a certificate and its key, as PEM files"
+        ) from None
 
 
 def _serve_client() -> Any:
@@ -291,7 +242,8 @@ def _is_running() -> bool:
 def _address() -> str:
     options = _serve_client().http_config
     is_any = options.host in ("0.0.0.0", "::")
-    return f"http://{ray.util.get_node_ip_address() if is_any else options.host}:{options.port}"
+    scheme = "https" if options.ssl_certfile else "http"
+    return f"{scheme}://{ray.util.get_node_ip_address() if is_any else options.host}:{options.port}"
 
 
 def _ingress() -> DeploymentHandle[Any]:
@@ -321,10 +273,10 @@ def _traffic(experiment: Experiment, variant: str) -> float:
     return experiment.shares[variant] if experiment.winner is None else float(variant == experiment.winner)
 
 
-def _backends(versions: Mapping[str, Version]) -> dict[str, BackendSpec]:
+def _backends(versions: Mapping[str, Version], config: ServingConfig) -> dict[str, BackendSpec]:
     backends = {}
     for variant, version in versions.items():
-        card = load_card(version.package_uri)
+        card = load_card(version.package_uri, config.trusted_keys)
         backends[variant] = BackendSpec(
             version=version.version,
             application=f"{version.name}-v{version.version}",
@@ -339,14 +291,42 @@ def _backends(versions: Mapping[str, Version]) -> dict[str, BackendSpec]:
 def _apply(state: RouterState) -> None:
     """Bring up the state's versions, hand the ingress the state, take down what only the state before named."""
     before, needed = _applications(_state()), _applications(state)
-    total = sum(config.num_replicas for _, config in needed.values())
-    classifiers = [serve.RunTarget(_classifier(b, config, total), name, None, _QUIET) for name, (b, config) in needed.items()]
-    ingress_target = serve.RunTarget(_ingress_application(state), INGRESS_APPLICATION, "/", _QUIET)
+    total = sum(config.max_replicas for _, config in needed.values())
+    for name, (spec, config) in needed.items():
+        spec.choice = _known_choice(spec, config, before.get(name)) or _choose(spec, config, total)
+    classifiers = [serve.RunTarget(_classifier(b, config, total), name, None, QUIET) for name, (b, config) in needed.items()]
+    ingress_target = serve.RunTarget(_ingress_application(state), INGRESS_APPLICATION, "/", QUIET)
     # Only an ingress that has users must not hear of a version before it is up.
     for targets in [classifiers, [ingress_target]] if _is_running() else [[*classifiers, ingress_target]]:
-        _run(targets)
+        run(targets)
     for name in set(before) - set(needed):
         serve.delete(name, _blocking=False)
+
+
+def _known_choice(spec: BackendSpec, config: ServingConfig, before: tuple[BackendSpec, ServingConfig] | None) -> BackendChoice | None:
+    """Return what computes a version that is up already, unless it is to be chosen by something else from now on."""
+    if before is None:
+        return spec.choice
+    up, its = before
+    asked = [(s.weights_sha256, c.backend, c.backend_tolerance, c.max_batch_size) for s, c in ((spec, config), (up, its))]
+    return up.choice if asked[0] == asked[1] else None
+
+
+def _choose(spec: BackendSpec, config: ServingConfig, num_replicas: int) -> BackendChoice:
+    """Measure on a node of the cluster what computes a version best; the reference needs none."""
+    if config.backend == REFERENCE:
+        return BackendChoice(backend=REFERENCE)
+    measure = ray.remote(**actor_options(_CLASSIFIER_CPUS))(choose_for_package)
+    try:
+        choice: BackendChoice = ray.get(measure.remote(spec.package_uri, config, num_replicas), timeout=START_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, EagleRayError) else error from None
+    except ray.exceptions.GetTimeoutError:
+        raise ServingError(
+            f"'{spec.application}': no back end was chosen within {START_TIMEOUT_S:.0f} s; the cluster may lack free CPUs "
+            f"({_CLASSIFIER_CPUS} for each replica), or set serve.backend to one by name"
+        ) from None
+    return choice
 
 
 def _applications(state: RouterState) -> dict[str, tuple[BackendSpec, ServingConfig]]:
@@ -356,34 +336,61 @@ def _applications(state: RouterState) -> dict[str, tuple[BackendSpec, ServingCon
 
 def _classifier(backend: BackendSpec, config: ServingConfig, num_replicas: int) -> serve.Application:
     options: dict[str, Any] = {
-        "num_replicas": config.num_replicas,
-        "ray_actor_options": {"num_cpus": _CLASSIFIER_CPUS},
+        **_number_of_replicas(config),
+        "ray_actor_options": actor_options(_CLASSIFIER_CPUS),
         # One batch runs while the next one gathers; what is beyond both waits in the bounded queue.
         "max_ongoing_requests": 2 * config.max_batch_size,
         "max_queued_requests": config.max_queued_requests,
         "user_config": config.model_dump(mode="json"),
     }
-    return _deployment(deployment.Classifier, options, backend.package_uri).bind(backend.package_uri, num_replicas)
+    assert backend.choice is not None
+    computed_by = backend.choice.backend
+    classifier = deployment_of(deployment.Classifier, options, f"{backend.package_uri} {computed_by}")
+    return classifier.bind(backend.package_uri, num_replicas, computed_by, config.trusted_keys)
+
+
+def actor_options(cpus: float) -> dict[str, Any]:
+    """Return Ray's options for what serves: on the nodes that are for it, where the cluster has such nodes."""
+    where = on_group("serve")
+    return {"num_cpus": cpus} | ({"label_selector": where} if where else {})
+
+
+def _number_of_replicas(config: ServingConfig) -> dict[str, Any]:
+    replicas = config.num_replicas
+    if not isinstance(replicas, AutoscaledReplicas):
+        return {"num_replicas": replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": replicas.min,
+            "initial_replicas": max(1, replicas.min),  # a version that cannot come up is known at once
+            "max_replicas": replicas.max,
+            # As soon as requests wait for more than the next batch, one more replica would take them.
+            "target_ongoing_requests": config.max_batch_size,
+            "upscale_delay_s": UPSCALE_DELAY_S,
+            "downscale_delay_s": replicas.idle_s,
+        }
+    }
 
 
 def _ingress_application(state: RouterState) -> serve.Application:
     waiting = sum(
-        spec.config.num_replicas * 2 * spec.config.max_batch_size + spec.config.max_queued_requests
+        spec.config.max_replicas * 2 * spec.config.max_batch_size + spec.config.max_queued_requests
         for spec in state.models.values()
         for _ in spec.backends
     )
     options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": _INGRESS_CPUS},
+        "ray_actor_options": actor_options(_INGRESS_CPUS),
         # Enough for the queues behind it to fill up and refuse by themselves.
         "max_ongoing_requests": waiting + 256,
         "max_queued_requests": 256,
         "backpressure_config": {"retry_after_s": 1},
         "user_config": state.model_dump(mode="json"),
     }
-    return _deployment(ingress.Ingress, options, "").bind()
+    return deployment_of(ingress.Ingress, options, "").bind()
 
 
-def _deployment(base: serve.Deployment, options: dict[str, Any], identity: str) -> serve.Deployment:
+def deployment_of(base: serve.Deployment, options: dict[str, Any], identity: str) -> serve.Deployment:
+    """Return the deployment with our options; replicas are replaced where our code or `identity` changes, else left alone."""
     # Ray Serve restarts the replicas at every `serve.run` unless the code version is the same; it has no public
     # name for that outside of its config files.
     code_version = hashlib.sha256(f"{_code_digest()}{identity}".encode()).hexdigest()[:16]
@@ -405,8 +412,8 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _run(targets: list[serve.RunTarget]) -> None:
-    """Deploy applications and return when they run; those that were not there before are removed if one fails."""
+def run(targets: list[serve.RunTarget]) -> None:
+    """Deploy applications and return when they run; those that were not there before are removed if one fails. Raises ServingError."""
     before = set(serve.status().applications)
     names = [target.name for target in targets]
     try:
@@ -448,10 +455,13 @@ def _log_dir() -> str:
 
 def _wait_until_ready(address: str) -> None:
     """Return when the endpoint answers over HTTP: the proxy learns of its route a little after the replicas are up."""
+    # Whether clients trust the certificate is theirs to say; nothing secret is sent here.
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(f"{address}/v2/health/ready", timeout=5):
+            with urllib.request.urlopen(f"{address}/v2/health/ready", timeout=5, context=context):
                 return
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:

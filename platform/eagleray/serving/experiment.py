@@ -1,21 +1,15 @@
-"""Experiments: who gets which variant, and what may be concluded from the outcomes. Pure functions.
-
-Everything here may be looked at after each observation: the intervals and p-values are anytime-valid,
-so that watching an experiment and stopping when it is clear does not raise the rate of false alarms.
-"""
+"""Experiments: which variants there are, who gets which, and how an experiment changes and ends. Pure functions."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Annotated, Literal
+import secrets
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from eagleray.config.schema import Section
 from eagleray.errors import ServingError, near_miss
@@ -32,6 +26,54 @@ class Variant(Section):
     version: Annotated[int, Field(ge=1)]
     weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
     """Traffic relative to the other variants' weights."""
+
+    mirror: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """A shadow: it gets a copy of this fraction of the requests and answers nobody."""
+
+    @model_validator(mode="after")
+    def _answers_or_watches(self) -> Variant:
+        if self.mirror and self.weight:
+            raise ValueError(f"the shadow '{self.name}' has the weight {self.weight:g}; a shadow answers nobody, its weight is 0")
+        return self
+
+    @property
+    def is_shadow(self) -> bool:
+        return self.mirror > 0
+
+
+class Guardrail(Section):
+    """What no variant may do, compared with the control; a breach gives all traffic back to the control."""
+
+    metric: Literal["error_rate", "p99_latency", "outcome", "recall", "confidence"]
+    margin: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+    """What is still borne: more errors or lower rates, as a difference of fractions; slower answers, as a fraction
+    of the control's latency; a changed mean confidence, as a difference in either direction."""
+
+    label: str | None = None
+    """The class whose recall must not fall."""
+
+    @model_validator(mode="after")
+    def _recall_is_of_a_class(self) -> Guardrail:
+        if (self.metric == "recall") != (self.label is not None):
+            raise ValueError("recall needs the label of a class, and no other metric has one")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.metric} of {self.label}" if self.label else self.metric
+
+
+DEFAULT_GUARDRAILS = (
+    Guardrail(metric="error_rate", margin=0.01),
+    Guardrail(metric="p99_latency", margin=1.0),
+    Guardrail(metric="outcome", margin=0.05),
+)
+
+
+class RampStep(Section):
+    """One step of a canary: the share of the users that the challenger gets, and for how long at least."""
+
+    share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    hold_s: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class Experiment(Section):
@@ -56,6 +98,19 @@ class Experiment(Section):
     """When the current weights came into force."""
 
     ended: datetime | None = None
+    reason: str | None = None
+    """Why it ended, where a guardrail ended it."""
+
+    outcome: Literal["proportion", "mean"] = "proportion"
+    """What is compared: the rate of successes, or the mean of a number that the feedback brings."""
+
+    policy: Literal["fixed", "thompson"] = "fixed"
+    """`thompson` moves traffic to what looks best as outcomes arrive."""
+
+    ramp: tuple[RampStep, ...] = ()
+    """Steps by which the only challenger's share grows: the one in force, then those to come."""
+
+    guardrails: tuple[Guardrail, ...] = ()
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Probability of ever reporting a difference where there is none."""
 
@@ -70,6 +125,14 @@ class Experiment(Section):
             raise ValueError("a running experiment has no winner, and an ended one has")
         if self.winner is not None and self.winner not in names:
             raise ValueError(f"the winner '{self.winner}' is none of the variants {', '.join(names)}")
+        if self.control.is_shadow:
+            raise ValueError(f"the first variant, '{self.control.name}', is the control and cannot be a shadow")
+        if self.ramp and len(self.contenders) != 2:
+            raise ValueError(f"a ramp needs one challenger besides the control; variants: {', '.join(names)}")
+        if self.policy == "thompson" and (self.ramp or self.outcome == "mean"):
+            raise ValueError(
+                "policy 'thompson' compares proportions and sets the weights by itself; leave the ramp out and outcome as it is"
+            )
         return self
 
     @property
@@ -77,8 +140,23 @@ class Experiment(Section):
         return self.variants[0]
 
     @property
+    def contenders(self) -> tuple[Variant, ...]:
+        """The variants that answer users: all but the shadows."""
+        return tuple(variant for variant in self.variants if not variant.is_shadow)
+
+    @property
+    def answering(self) -> Variant:
+        """The variant that answers all users once the experiment has ended, and the control as long as it runs."""
+        return self.control if self.winner is None else self.variant(self.winner)
+
+    @property
     def is_running(self) -> bool:
         return self.status == "running"
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether something may have to be decided while nobody looks."""
+        return self.is_running and len(self.variants) > 1 and bool(self.guardrails or self.ramp or self.policy == "thompson")
 
     @property
     def shares(self) -> dict[str, float]:
@@ -97,6 +175,26 @@ class Experiment(Section):
                 return variant
         names = [variant.name for variant in self.variants]
         raise ServingError(f"'{self.model}' has no variant '{name}'{near_miss(name, names)}; variants: {', '.join(names)}")
+
+
+def new_experiment(model: str, variants: Iterable[Variant], salt: str | None = None, **settings: Any) -> Experiment:
+    """Return a running experiment that starts now; the first variant is the control.
+
+    Args:
+        settings: further fields of `Experiment`.
+
+    Raises:
+        ServingError: the settings do not fit each other.
+    """
+    now = datetime.now(UTC)
+    name = f"{model}-{now:%Y%m%dt%H%M%S}-{secrets.token_hex(2)}"
+    try:
+        return Experiment(
+            id=name, model=model, salt=salt or secrets.token_hex(16), variants=tuple(variants), started=now, revised=now, **settings
+        )
+    except ValidationError as error:
+        reasons = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        raise ServingError(f"an experiment on '{model}' cannot be so: {reasons}") from None
 
 
 def assign(experiment: Experiment, routing_key: str) -> Variant:
@@ -123,7 +221,9 @@ def _uniform(salt: str, variant: str, routing_key: str) -> float:
 
 
 def with_weights(experiment: Experiment, weights: Mapping[str, float], now: datetime) -> Experiment:
-    """Return the experiment with other weights, as a new revision; variants not named keep theirs.
+    """Return the experiment with other weights, as a new revision and without what was left of its ramp.
+
+    Variants not named keep their weight.
 
     Raises:
         ServingError: the experiment has ended, a variant is unknown, or the weights cannot be.
@@ -135,14 +235,38 @@ def with_weights(experiment: Experiment, weights: Mapping[str, float], now: date
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
             raise ServingError(f"weight of '{name}': {weight} is not a number from 0 up")
+        if weight and experiment.variant(name).is_shadow:
+            raise ServingError(f"'{name}' is a shadow and answers nobody; promote it, or start an experiment with it as challenger")
     variants = tuple(v.model_copy(update={"weight": float(weights.get(v.name, v.weight))}) for v in experiment.variants)
     if sum(variant.weight for variant in variants) <= 0:
         raise ServingError(f"all weights of '{experiment.model}' would be zero; give one variant a positive weight")
-    return experiment.model_copy(update={"variants": variants, "revision": experiment.revision + 1, "revised": now})
+    return experiment.model_copy(update={"variants": variants, "revision": experiment.revision + 1, "revised": now, "ramp": ()})
 
 
-def conclude(experiment: Experiment, winner: str, status: Literal["promoted", "aborted"], now: datetime) -> Experiment:
-    """Return the experiment as ended: all traffic goes to `winner`.
+def next_ramp_step(experiment: Experiment, now: datetime) -> Experiment | None:
+    """Return the experiment on the next step of its ramp, as a new revision; None before the step in force has been held."""
+    if len(experiment.ramp) < 2 or (now - experiment.revised).total_seconds() < experiment.ramp[0].hold_s:
+        return None
+    steps = experiment.ramp[1:]
+    control, challenger = experiment.contenders
+    weights = {control.name: 1 - steps[0].share, challenger.name: steps[0].share}
+    return with_weights(experiment, weights, now).model_copy(update={"ramp": steps})
+
+
+def with_policy_weights(experiment: Experiment, weights: Mapping[str, float]) -> Experiment:
+    """Return the experiment with the weights that its policy asks for, within the same revision.
+
+    Outcomes before and after are compared together: that is what the policy learns from. A drift of the outcome over
+    time may therefore look like a difference between variants; see docs.
+    """
+    variants = tuple(v.model_copy(update={"weight": weights.get(v.name, v.weight)}) for v in experiment.variants)
+    return experiment.model_copy(update={"variants": variants})
+
+
+def conclude(
+    experiment: Experiment, winner: str, status: Literal["promoted", "aborted"], now: datetime, reason: str | None = None
+) -> Experiment:
+    """Return the experiment as ended, for what `reason`: all traffic goes to `winner`.
 
     Raises:
         ServingError: it has ended before, or there is no such variant.
@@ -150,157 +274,4 @@ def conclude(experiment: Experiment, winner: str, status: Literal["promoted", "a
     if not experiment.is_running:
         raise ServingError(f"the experiment on '{experiment.model}' has already ended ({experiment.status})")
     experiment.variant(winner)
-    return experiment.model_copy(update={"status": status, "winner": winner, "ended": now})
-
-
-# --- Statistics -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What the outcomes say about the success rate of a variant minus that of the control."""
-
-    estimate: float | None
-    """Observed difference; None while one of them has no outcome."""
-    lower: float
-    upper: float
-    """Confidence sequence: covers the true difference at all times at once, with probability 1 - alpha."""
-    p_value: float
-    """Anytime-valid p-value of "no difference"."""
-
-
-def compare(control: tuple[int, int], variant: tuple[int, int], alpha: float) -> Difference:
-    """Compare two success rates given (successes, trials) of each; see `difference_interval`."""
-    (s_a, n_a), (s_b, n_b) = control, variant
-    lower, upper = difference_interval(s_a, n_a, s_b, n_b, alpha)
-    p_value = min(1.0, math.exp(-max(0.0, float(log_evidence(s_a, n_a, s_b, n_b)))))
-    return Difference(s_b / n_b - s_a / n_a if n_a and n_b else None, lower, upper, p_value)
-
-
-def difference_interval(s_a: int, n_a: int, s_b: int, n_b: int, alpha: float = 0.05) -> tuple[float, float]:
-    """Return a confidence sequence for p_b - p_a from `s` successes in `n` trials of each arm.
-
-    For one arm, the beta-binomial mixture M(p) = B(s + 1/2, n - s + 1/2) / B(1/2, 1/2) / (p^s (1 - p)^(n - s))
-    is a non-negative martingale when p is the true rate (Robbins 1970; Howard, Ramdas, McAuliffe & Sekhon 2021,
-    "Time-uniform, nonparametric, nonasymptotic confidence sequences"; Waudby-Smith & Ramdas 2020 as the
-    "prior-posterior ratio"). Arms are independent, hence so is the product M_a(p_a) M_b(p_b), in whatever order the
-    trials arrive, and by Ville's inequality it ever reaches 1/alpha with probability at most alpha. The interval is the
-    projection of {(p_a, p_b): M_a M_b < 1/alpha} on p_b - p_a (as Turner & Grünwald 2023 do for their e-variables).
-
-    Trials must be independent Bernoulli trials. No burn-in, no asymptotics.
-    """
-    limit = math.log(1.0 / alpha)
-    constant = _log_mixture(s_a, n_a) + _log_mixture(s_b, n_b)
-
-    def is_inside(delta: float) -> bool:
-        return constant + _least_surprise(delta, s_a, n_a, s_b, n_b) < limit
-
-    # The region is convex; the observed rates lie in it, and where an arm has no trials any rate of it does.
-    centre = (s_b / n_b if n_b else 0.5) - (s_a / n_a if n_a else 0.5)
-    return _edge(is_inside, centre, -1.0), _edge(is_inside, centre, 1.0)
-
-
-def log_evidence(s_a: ArrayLike, n_a: ArrayLike, s_b: ArrayLike, n_b: ArrayLike) -> NDArray[np.float64]:
-    """Return the logarithm of the e-value against p_a = p_b; arrays broadcast.
-
-    It is above log(1/alpha) exactly when `difference_interval` at `alpha` leaves zero out.
-    """
-    from scipy.special import betaln, xlogy
-
-    s_a, n_a, s_b, n_b = (np.asarray(x, dtype=np.float64) for x in (s_a, n_a, s_b, n_b))
-    successes, trials = s_a + s_b, n_a + n_b
-    failures = trials - successes
-    # The pooled rate is the p for which M_a(p) M_b(p) is least.
-    pooled = successes / np.maximum(trials, 1)
-    mixtures = betaln(s_a + 0.5, n_a - s_a + 0.5) + betaln(s_b + 0.5, n_b - s_b + 0.5) - 2 * betaln(0.5, 0.5)
-    evidence: NDArray[np.float64] = mixtures - xlogy(successes, pooled) - xlogy(failures, 1 - pooled)
-    return evidence
-
-
-def _log_mixture(s: int, n: int) -> float:
-    """log(B(s + 1/2, n - s + 1/2) / B(1/2, 1/2))."""
-    return math.lgamma(s + 0.5) + math.lgamma(n - s + 0.5) - math.lgamma(n + 1) - math.log(math.pi)
-
-
-def _least_surprise(delta: float, s_a: int, n_a: int, s_b: int, n_b: int) -> float:
-    """Return the minimum over p of -log likelihood of rates (p, p + delta): convex in p, so its slope is bisected."""
-    low, high = max(0.0, -delta), min(1.0, 1.0 - delta)
-    for _ in range(60):
-        p = (low + high) / 2
-        slope = _ratio(n_a - s_a, 1 - p) - _ratio(s_a, p) + _ratio(n_b - s_b, 1 - p - delta) - _ratio(s_b, p + delta)
-        low, high = (low, p) if slope > 0 else (p, high)
-    p = (low + high) / 2
-    return -(_xlogy(s_a, p) + _xlogy(n_a - s_a, 1 - p) + _xlogy(s_b, p + delta) + _xlogy(n_b - s_b, 1 - p - delta))
-
-
-def _ratio(count: int, probability: float) -> float:
-    return count / max(probability, 1e-300) if count else 0.0
-
-
-def _xlogy(count: int, probability: float) -> float:
-    return count * math.log(max(probability, 1e-300)) if count else 0.0
-
-
-def _edge(is_inside: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Return the end of a convex set between a point in it and the end of the range."""
-    if is_inside(outside):
-        return outside
-    for _ in range(40):
-        middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if is_inside(middle) else (inside, middle)
-    return outside
-
-
-def sample_ratio_p_value(counts: Sequence[int], shares: Sequence[float]) -> float:
-    """Return an anytime-valid p-value of "the keys were split by `shares`".
-
-    A small one (below 0.001, say) means that the split itself is broken and no outcome can be trusted.
-    Lindon & Malek 2022, "Anytime-valid inference for multinomial count data": the Bayes factor of a
-    Dirichlet-multinomial, concentrated around the shares, against the multinomial of the shares.
-
-    Args:
-        counts: distinct routing keys by variant.
-        shares: expected fraction by variant; they add up to one.
-    """
-    expected = [(count, share) for count, share in zip(counts, shares, strict=True) if share > 0]
-    if sum(counts) > sum(count for count, _ in expected):
-        return 0.0  # keys where none can be
-    concentration = 100.0
-    total = sum(count for count, _ in expected)
-    log_factor = math.lgamma(concentration) - math.lgamma(concentration + total)
-    for count, share in expected:
-        prior = concentration * share
-        log_factor += math.lgamma(prior + count) - math.lgamma(prior) - count * math.log(share)
-    return min(1.0, math.exp(-max(0.0, log_factor)))
-
-
-def required_samples(
-    baseline: float, difference: float, power: float = 0.8, alpha: float = 0.05, traffic_fraction: float = 0.5
-) -> tuple[int, int]:
-    """Return the (control, variant) trials with which a fixed-horizon two-sided z-test finds a difference.
-
-    The classical formula for two proportions with unequal allocation (Fleiss, Levin & Paik 2003, section 4.2, without
-    continuity correction). A confidence sequence may be watched all along and needs more; see docs.
-
-    Args:
-        baseline: success rate of the control.
-        difference: rate of the variant minus `baseline`.
-        traffic_fraction: share of the variant.
-
-    Raises:
-        ServingError: a rate, power or share outside its range.
-    """
-    from scipy.stats import norm
-
-    rate = baseline + difference
-    if not (0 < baseline < 1 and 0 <= rate <= 1 and difference != 0):
-        raise ServingError(f"baseline {baseline} and difference {difference}: both rates must lie between 0 and 1 and differ")
-    for name, value in (("power", power), ("alpha", alpha), ("traffic_fraction", traffic_fraction)):
-        if not 0 < value < 1:
-            raise ServingError(f"{name} {value} must lie between 0 and 1")
-    ratio = traffic_fraction / (1 - traffic_fraction)
-    pooled = (baseline + ratio * rate) / (1 + ratio)
-    spread_null = math.sqrt((1 + 1 / ratio) * pooled * (1 - pooled))
-    spread_alternative = math.sqrt(baseline * (1 - baseline) + rate * (1 - rate) / ratio)
-    control = ((norm.ppf(1 - alpha / 2) * spread_null + norm.ppf(power) * spread_alternative) / difference) ** 2
-    return math.ceil(control), math.ceil(control * ratio)
+    return experiment.model_copy(update={"status": status, "winner": winner, "ended": now, "reason": reason})

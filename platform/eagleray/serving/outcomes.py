@@ -26,6 +26,8 @@ from eagleray.errors import ServingError, StorageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from eagleray.artifacts.registry import ModelVersion, Registry
+
 SEGMENT_ROWS = 2_000
 MAX_BACKLOG_ROWS = 200_000
 """Assignments kept in memory while the store does not answer; the oldest are dropped (and counted) beyond it."""
@@ -50,6 +52,9 @@ def assignments_schema() -> pa.Schema:
             ("probability", pa.float32()),
             ("latency_ms", pa.float32()),
             ("is_error", pa.bool_()),
+            ("covariate", pa.float64()),  # what was known of the user before, as the request said
+            ("answered_label", pa.string()),  # of a shadow's row: the label that the user got
+            ("saliency_similarity", pa.float32()),  # of a sample of a shadow's rows: with the network that answered
         ]
     )
 
@@ -64,7 +69,7 @@ def outcomes_schema() -> pa.Schema:
             ("variant", pa.string()),
             ("revision", pa.int32()),
             ("label", pa.string()),
-            ("outcome", pa.bool_()),
+            ("value", pa.float64()),  # 1 or 0 where the outcome is a success or not
         ]
     )
 
@@ -112,6 +117,20 @@ def parse_request_id(key: bytes, request_id: str) -> RequestId:
     return RequestId(experiment=parts[1], variant=parts[2], revision=int(parts[3]), label_digest=parts[4])
 
 
+def version_of(registry: Registry, request_id: str) -> ModelVersion:
+    """Return the version that answered a request, from the events of its experiment.
+
+    Raises:
+        ServingError: the id was not issued by an endpoint of the registry's workspace, or its experiment is not recorded.
+    """
+    issued = parse_request_id(load_signing_key(registry.workspace.experiments_uri), request_id)
+    model = issued.experiment.rsplit("-", 2)[0]
+    for event in registry.events(model):
+        if event.get("experiment") == issued.experiment and issued.variant in event.get("versions", {}):
+            return registry.resolve(f"{model}:{event['versions'][issued.variant]}")
+    raise ServingError(f"request_id of experiment '{issued.experiment}': no event says which versions it compared")
+
+
 def _label_digest(label: str) -> str:
     return hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
 
@@ -146,7 +165,11 @@ class SegmentWriter:
         grown = self._rows + rows
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(grown, schema=self._schema), buffer, compression="zstd")
-        storage.write_bytes(storage.join(self._uri, f"{self._writer}-{self._segment:06d}.parquet"), buffer.getvalue())
+        try:
+            storage.write_bytes(storage.join(self._uri, f"{self._writer}-{self._segment:06d}.parquet"), buffer.getvalue())
+        except StorageError:
+            self._segment += 1  # it may be there all the same, and readers rely on it that a full segment never changes
+            raise
         self._rows = grown
         if len(grown) >= SEGMENT_ROWS:
             self._rows = []
@@ -238,22 +261,37 @@ class ExperimentLog:
 # --- Reading ----------------------------------------------------------------------------------------------------
 
 
-def read_assignments(experiments_uri: str, experiment: str) -> pa.Table:
-    """Return all assignments of an experiment, one row per request id."""
-    return _read(storage.join(experiments_uri, experiment, "assignments"), assignments_schema())
+class LogReader:
+    """Reads the log of one experiment again and again; segments that are full are read once. Not thread-safe."""
 
+    def __init__(self, experiments_uri: str, experiment: str) -> None:
+        self._uri = storage.join(experiments_uri, experiment)
+        self._full: dict[str, pa.Table] = {}
 
-def read_outcomes(experiments_uri: str, experiment: str) -> pa.Table:
-    """Return all outcomes of an experiment, one row per request id: the latest where one was corrected."""
-    return _read(storage.join(experiments_uri, experiment, "outcomes"), outcomes_schema())
+    def assignments(self) -> pa.Table:
+        """Return all assignments, one row per request id and variant: a shadow has its own row of a request."""
+        return self._read("assignments", assignments_schema(), ["request_id", "variant"])
 
+    def outcomes(self) -> pa.Table:
+        """Return all outcomes, one row per request id: the latest where one was corrected."""
+        return self._read("outcomes", outcomes_schema(), ["request_id"])
 
-def _read(uri: str, schema: pa.Schema) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    def _read(self, folder: str, schema: pa.Schema, keys: list[str]) -> pa.Table:
+        import pyarrow as pa
 
-    files = [file for file in storage.list_files(uri) if file.endswith(".parquet")]
-    tables = [pq.read_table(io.BytesIO(storage.read_bytes(file)), schema=schema) for file in files]
-    table = pa.concat_tables(tables) if tables else schema.empty_table()
-    latest = {request_id: row for row, request_id in enumerate(table.sort_by("time")["request_id"].to_pylist())}
-    return table.sort_by("time").take(pa.array(sorted(latest.values()), pa.int64()))
+        files = [file for file in storage.list_files(storage.join(self._uri, folder)) if file.endswith(".parquet")]
+        tables = [self._segment(file, schema) for file in files]
+        table = pa.concat_tables(tables) if tables else schema.empty_table()
+        table = table.sort_by("time").append_column("row", pa.array(range(table.num_rows), pa.int64()))
+        latest = table.group_by(keys).aggregate([("row", "max")])
+        return table.take(latest["row_max"]).sort_by("row").drop_columns(["row"])
+
+    def _segment(self, uri: str, schema: pa.Schema) -> pa.Table:
+        import pyarrow.parquet as pq
+
+        if uri not in self._full:
+            table = pq.read_table(io.BytesIO(storage.read_bytes(uri)), schema=schema)
+            if table.num_rows < SEGMENT_ROWS:
+                return table
+            self._full[uri] = table
+        return self._full[uri]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import cv2
@@ -10,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from eagleray.artifacts.package import load_package
+from eagleray.config.schema import BackendName
 from eagleray.data.decode import DEFAULT_MAX_PIXELS, decode_rgb
 from eagleray.data.transforms import eval_image, normalize
+from eagleray.serving.backends import REFERENCE, build
+from eagleray.serving.explain import heat_map
 
 
 class Prediction(TypedDict):
@@ -20,17 +24,25 @@ class Prediction(TypedDict):
 
 
 class Predictor:
-    """Loads the package at `package_uri` and answers for it.
+    """Loads the package at `package_uri` and answers for it, computing by `backend`.
 
     Raises:
         RegistryError: no package there, or its weights do not verify.
     """
 
-    def __init__(self, package_uri: str, num_threads: int, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        package_uri: str,
+        num_threads: int,
+        trusted_keys: Sequence[str] = (),
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        backend: BackendName = REFERENCE,
+    ) -> None:
         torch.set_num_threads(num_threads)
         cv2.setNumThreads(1)  # pictures are decoded side by side, by the caller's threads
-        self.card, model = load_package(package_uri)
+        self.card, model = load_package(package_uri, trusted_keys)
         self.max_pixels = max_pixels
+        self._compute = build(backend, model, self.card.preprocessing, num_threads)
         self._model = model.to(memory_format=torch.channels_last)
         size = self.card.preprocessing.image_size
         self.probabilities(np.zeros((1, size, size, 3), np.uint8))  # the first pass allocates; no user should wait for it
@@ -45,10 +57,18 @@ class Predictor:
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Classify uint8 [N, S, S, 3]; returns float32 [N, C], rows adding up to one."""
-        with torch.inference_mode():
-            logits = self._model(normalize(torch.from_numpy(images), self.card.preprocessing))
-            result: NDArray[np.float32] = torch.softmax(logits.float(), dim=1).numpy()
-        return result
+        return self._compute(images)
+
+    def explain(self, image: NDArray[np.uint8], label: str | None) -> tuple[Prediction, NDArray[np.float32]]:
+        """Return the class `label` (None: the most probable) of uint8 [S, S, 3] and the heat map of what spoke for it.
+
+        Raises:
+            ServingError: there is no heat map of this network.
+        """
+        probabilities = self.probabilities(image[None])[0]
+        index = int(probabilities.argmax()) if label is None else self.card.classes.index(label)
+        heat = heat_map(self._model, normalize(torch.from_numpy(image[None]), self.card.preprocessing), index)
+        return {"label": self.card.classes[index], "probability": float(probabilities[index])}, heat
 
     def top(self, probabilities: NDArray[np.float32], top_k: int) -> list[Prediction]:
         """Return the `top_k` most probable classes of float32 [C], most probable first."""

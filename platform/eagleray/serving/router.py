@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,27 +21,41 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from eagleray.config.schema import ServingConfig
-from eagleray.errors import DataError, EagleRayError, ServingError, near_miss
-from eagleray.serving import deployment
+from eagleray.errors import DataError, EagleRayError, ServingError, StorageError, near_miss
+from eagleray.serving import deployment, protocol
+from eagleray.serving.backends import BackendChoice
 from eagleray.serving.experiment import NOT_COUNTED, Experiment, Variant, assign
+from eagleray.serving.metrics import RouterMetrics
 from eagleray.serving.outcomes import (
     ExperimentLog,
+    LogReader,
     hash_routing_key,
     load_signing_key,
     new_request_id,
     parse_request_id,
-    read_assignments,
-    read_outcomes,
 )
 from eagleray.serving.report import experiment_report
+from eagleray.serving.statistics import saliency_similarity
 
 if TYPE_CHECKING:
+    from eagleray.serving.deployment import Explained
     from eagleray.serving.predictor import Prediction
+
+WATCHER_NAME = "Watcher"
+WATCHER_APPLICATION = "eagleray-watcher"
 
 ATTEMPTS = 3
 """A replica that dies under a request is replaced; the request is sent again."""
 
 DRAIN_TIMEOUT_S = 30.0
+DECISION_TIMEOUT_S = 60.0
+
+MAX_MIRRORED = 64
+"""Copies that may be on their way to shadows; beyond it requests are not copied, so that a slow shadow costs nobody."""
+
+SALIENCY_EVERY_S = 2.0
+"""Least time between two pictures for which a variant and its shadow are both asked where they looked: it costs each of
+them a backward pass, during which others wait."""
 
 
 class BackendSpec(BaseModel):
@@ -52,6 +68,8 @@ class BackendSpec(BaseModel):
     weights_sha256: str
     image_size: int
     classes: list[str]
+    choice: BackendChoice | None = None
+    """What computes it; None before it was ever up."""
 
 
 class ModelSpec(BaseModel):
@@ -67,6 +85,8 @@ class RouterState(BaseModel):
     """All that the ingress knows: its Ray Serve `user_config`, so that it survives the replica."""
 
     experiments_uri: str | None = None
+    keys_uri: str | None = None
+    """Folder of the API keys; None: everybody is let in."""
     models: dict[str, ModelSpec] = {}
 
 
@@ -76,6 +96,16 @@ class NotFoundError(EagleRayError):
 
 class BusyError(EagleRayError):
     """Too many requests are waiting (503)."""
+
+
+class DeadlineError(EagleRayError):
+    """There was no answer in the time that the request had (504)."""
+
+
+def status_of(error: EagleRayError) -> int:
+    """Return HTTP's status for an error."""
+    statuses = {NotFoundError: 404, DataError: 422, ServingError: 422, BusyError: 503, StorageError: 503, DeadlineError: 504}
+    return statuses.get(type(error), 500)
 
 
 @dataclass
@@ -97,6 +127,9 @@ class Target:
     backend: Backend
     revision: int
     key_hash: str
+    covariate: float | None = None
+    until: float = math.inf
+    """When the answer must be there, on the event loop's clock."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +149,12 @@ class Router:
         self.state = RouterState()
         self._backends: dict[str, Backend] = {}
         self._logs: dict[str, ExperimentLog] = {}
+        self._readers: dict[str, LogReader] = {}
+        self._reading = asyncio.Lock()
+        self._mirrored: set[asyncio.Task[None]] = set()
+        self._saliency_asked = -math.inf
         self._signing_key = b""
+        self._metrics = RouterMetrics()
 
     async def reconfigure(self, state: RouterState) -> None:
         """Take over a new state at once; return when no request is left with a backend that is gone from it.
@@ -130,6 +168,9 @@ class Router:
         removed = [backend for name, backend in self._backends.items() if name not in wanted]
         self._backends = {name: self._backends.get(name) or self._connect(spec) for name, spec in wanted.items()}
         self.state = state
+        for model in state.models.values():
+            for name, share in model.experiment.shares.items():
+                self._metrics.share.set(share, {"model": model.experiment.model, "variant": name})
         for backend in removed:
             if backend.in_flight:
                 backend.idle.clear()
@@ -153,8 +194,20 @@ class Router:
             raise NotFoundError(f"no model '{name}' is served here{near_miss(name, self.state.models)}; served: {served}")
         return spec
 
-    def target(self, model_name: str, routing_key: str | None, variant: str | None = None, version: int | None = None) -> Target:
+    def target(
+        self,
+        model_name: str,
+        routing_key: str | None,
+        variant: str | None = None,
+        version: int | None = None,
+        covariate: float | None = None,
+        until: float = math.inf,
+    ) -> Target:
         """Choose who answers: the variant or version asked for (not counted in the experiment), else by routing key.
+
+        Args:
+            covariate: what is known of the user from before the experiment and goes with the outcome, if anything.
+            until: when the answer must be there, on the event loop's clock.
 
         Raises:
             NotFoundError: no such model, variant or version is served.
@@ -166,7 +219,7 @@ class Router:
         chosen = self._asked_for(model, variant, version) if is_override else assign(experiment, key)
         revision = NOT_COUNTED if is_override or not experiment.is_running else experiment.revision
         backend = self._backends[model.backends[chosen.name].application]
-        return Target(model, chosen, backend, revision, hash_routing_key(experiment.salt, key))
+        return Target(model, chosen, backend, revision, hash_routing_key(experiment.salt, key), covariate, until)
 
     @staticmethod
     def _asked_for(model: ModelSpec, variant: str | None, version: int | None) -> Variant:
@@ -186,59 +239,168 @@ class Router:
         Raises:
             DataError: one of them cannot be decoded.
             BusyError: too many requests are waiting for this variant.
+            DeadlineError: it was not answered in its time.
         """
         started = time.perf_counter()
         result = await self._call(target, "classify", pictures, top_k)
         if result["refused"] is not None:
             raise DataError(result["refused"])
-        return self._answered(target, result["predictions"], started)
+        answer = self._answered(target, result["predictions"], started)
+        self._mirror(answer, "classify", pictures, 1)
+        return answer
+
+    async def classify_encoded(self, target: Target, pictures: list[bytes]) -> tuple[Answer, NDArray[np.float32]]:
+        """Classify encoded pictures; returns probabilities, float32 [N, C], besides. Raises as `classify` does."""
+        started = time.perf_counter()
+        rows, refused = await self._call(target, "classify_encoded", pictures)
+        if refused is not None:
+            raise DataError(refused)
+        probabilities = np.stack(rows)
+        answer = self._answered(target, [[best] for best in _best(probabilities, target.backend.spec.classes)], started)
+        self._mirror(answer, "classify", pictures, 1)
+        return answer, probabilities
 
     async def classify_pixels(self, target: Target, pixels: NDArray[np.uint8]) -> tuple[Answer, NDArray[np.float32]]:
-        """Classify uint8 [N, H, W, 3]; returns probabilities, float32 [N, C], besides. Raises BusyError."""
+        """Classify uint8 [N, H, W, 3]; returns probabilities, float32 [N, C], besides. Raises BusyError, DeadlineError."""
         started = time.perf_counter()
         probabilities: NDArray[np.float32] = await self._call(target, "classify_pixels", pixels)
+        answer = self._answered(target, [[best] for best in _best(probabilities, target.backend.spec.classes)], started)
+        self._mirror(answer, "classify_pixels", pixels)
+        return answer, probabilities
+
+    async def infer(self, target: Target, asked: protocol.Asked) -> protocol.Answered:
+        """Answer a request of the Open Inference Protocol. Raises as `classify` does."""
+        pictures, spec = asked.pictures, target.backend.spec
+        call = self.classify_encoded(target, pictures) if isinstance(pictures, list) else self.classify_pixels(target, pictures)
+        answer, probabilities = await call
+        name = target.model.experiment.model
+        return protocol.Answered(name, spec.version, target.variant.name, spec.classes, probabilities, answer.request_ids)
+
+    def metadata(self, model: str, version: int | None) -> dict[str, Any]:
+        """Return what the Open Inference Protocol tells of a model. Raises NotFoundError."""
+        backends = self.model(model).backends.values()
+        spec = self.target(model, None, version=version).backend.spec
+        assert spec.choice is not None
+        versions = sorted({other.version for other in backends})
+        return protocol.model_metadata(model, versions, spec.classes, spec.weights_sha256, spec.image_size, spec.choice.backend)
+
+    async def explain(self, target: Target, picture: bytes, label: str | None, as_png: bool) -> Explained:
+        """Show where the target's network looked in an encoded picture; never counted in the experiment.
+
+        Args:
+            label: the class to be explained; None: the most probable one.
+
+        Raises:
+            DataError: the picture cannot be decoded, or there is no heat map of this network.
+            ServingError: `label` is no class of the version.
+            BusyError: too many requests are waiting for this variant.
+        """
         classes = target.backend.spec.classes
-        best: list[list[Prediction]] = [[{"label": classes[int(row.argmax())], "probability": float(row.max())}] for row in probabilities]
-        return self._answered(target, best, started), probabilities
+        if label is not None and label not in classes:
+            raise ServingError(f"label '{label}' is no class of version {target.variant.version}{near_miss(label, classes)}")
+        explained: Explained = await self._call(replace(target, revision=NOT_COUNTED), "explain", picture, label, as_png)
+        if explained["refused"] is not None:
+            raise DataError(explained["refused"])
+        return explained
 
     async def _call(self, target: Target, method: str, *arguments: Any) -> Any:
-        backend = target.backend
-        backend.in_flight += 1
         try:
-            return await self._call_replica(target, method, *arguments)
+            async with asyncio.timeout_at(target.until) as timeout:
+                return await self._call_backend(target.backend, method, *arguments)
         except BackPressureError:
-            self._log_error(target)
+            self._log_error(target, "busy")
             raise BusyError(f"too many requests are waiting for '{target.model.experiment.model}'; try again") from None
         except DeploymentUnavailableError:
-            self._log_error(target)
+            self._log_error(target, "busy")
             raise BusyError(f"version {target.variant.version} of '{target.model.experiment.model}' is not available") from None
-        except Exception:
-            self._log_error(target)
+        except Exception as error:
+            is_late = isinstance(error, TimeoutError) and timeout.expired()
+            self._log_error(target, "deadline" if is_late else "failed")
+            if is_late:
+                raise DeadlineError(f"'{target.model.experiment.model}' had no answer in the time that the request has") from None
             raise
+
+    async def _call_backend(self, backend: Backend, method: str, *arguments: Any) -> Any:
+        self._count_in_flight(backend, 1)
+        try:
+            for attempt in range(1, ATTEMPTS + 1):
+                response = backend.handle.options(method_name=method).remote(*arguments)
+                try:
+                    return await response
+                except asyncio.CancelledError:
+                    response.cancel()  # drops what the replica has not begun
+                    raise
+                except (RayActorError, ReplicaUnavailableError):
+                    if attempt == ATTEMPTS:
+                        raise
         finally:
-            backend.in_flight -= 1
+            self._count_in_flight(backend, -1)
             if not backend.in_flight:
                 backend.idle.set()
-
-    @staticmethod
-    async def _call_replica(target: Target, method: str, *arguments: Any) -> Any:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await target.backend.handle.options(method_name=method).remote(*arguments)
-            except (RayActorError, ReplicaUnavailableError):
-                if attempt == ATTEMPTS:
-                    raise
         raise AssertionError("unreachable")
+
+    def _count_in_flight(self, backend: Backend, change: int) -> None:
+        backend.in_flight += change
+        self._metrics.in_flight.set(backend.in_flight, {"backend": backend.spec.application})
 
     def _answered(self, target: Target, predictions: list[list[Prediction]], started: float) -> Answer:
         latency_ms = (time.perf_counter() - started) * 1000
         experiment = target.model.experiment
+        tags = {"model": experiment.model, "variant": target.variant.name}
+        self._metrics.answers.inc(len(predictions), tags)
+        self._metrics.latency.observe(latency_ms, tags)
         request_ids = []
         for best in (row[0] for row in predictions):
             request_id = new_request_id(self._signing_key, experiment.id, target.variant.name, target.revision, best["label"])
             self._log_assignment(target, request_id, best, latency_ms)
             request_ids.append(request_id)
         return Answer(request_ids, target, predictions, latency_ms)
+
+    # --- Shadows ------------------------------------------------------------------------------------------------
+
+    def _mirror(self, answer: Answer, method: str, *arguments: Any) -> None:
+        """Send a copy of an answered request to the shadows; nobody waits for them."""
+        target = answer.target
+        if target.revision == NOT_COUNTED:
+            return
+        for shadow in target.model.experiment.variants:
+            if shadow.is_shadow and secrets.randbelow(10**6) < shadow.mirror * 10**6 and len(self._mirrored) < MAX_MIRRORED:
+                backend = self._backends[target.model.backends[shadow.name].application]
+                copy = replace(target, variant=shadow, backend=backend)
+                compares = method == "classify" and self._may_compare_saliency()
+                task = asyncio.get_running_loop().create_task(self._ask_shadow(copy, answer, compares, method, *arguments))
+                self._mirrored.add(task)
+                task.add_done_callback(self._mirrored.discard)
+
+    async def _ask_shadow(self, target: Target, answer: Answer, compares: bool, method: str, *arguments: Any) -> None:
+        started = time.perf_counter()
+        best: Sequence[Prediction | None]
+        try:
+            best = _best(await self._call_backend(target.backend, method, *arguments), target.backend.spec.classes)
+        except Exception:  # of whatever kind: it is the shadow's, and counted as such
+            best = [None] * len(answer.request_ids)
+        latency_ms = (time.perf_counter() - started) * 1000
+        label = answer.predictions[0][0]["label"]
+        saliency = [await self._saliency_similarity(target.backend, answer.target.backend, arguments[0][0], label) if compares else None]
+        saliency += [None] * (len(best) - 1)
+        for request_id, mine, answered, similarity in zip(answer.request_ids, best, answer.predictions, saliency, strict=True):
+            self._log_assignment(target, request_id, mine, latency_ms if mine else None, answered[0]["label"], similarity)
+
+    def _may_compare_saliency(self) -> bool:
+        now = time.monotonic()
+        if now - self._saliency_asked < SALIENCY_EVERY_S:
+            return False
+        self._saliency_asked = now
+        return True
+
+    async def _saliency_similarity(self, shadow: Backend, answering: Backend, picture: bytes, label: str) -> float | None:
+        """Return how alike the places are that spoke for a class in both networks; None where one of them has no heat map of it."""
+        try:
+            asked = (self._call_backend(backend, "explain", picture, label, False) for backend in (shadow, answering))
+            one, other = (explained["heat_map"] for explained in await asyncio.gather(*asked))
+        except Exception:  # of whatever kind: no user has asked for it
+            return None
+        return None if one is None or other is None else saliency_similarity(one, other)
 
     # --- Log ----------------------------------------------------------------------------------------------------
 
@@ -248,11 +410,20 @@ class Router:
             self._logs[experiment] = ExperimentLog(self.state.experiments_uri, experiment)
         return self._logs[experiment]
 
-    def _log_error(self, target: Target) -> None:
+    def _log_error(self, target: Target, reason: str) -> None:
+        self._metrics.errors.inc(1, {"model": target.model.experiment.model, "variant": target.variant.name, "reason": reason})
         request_id = new_request_id(self._signing_key, target.model.experiment.id, target.variant.name, target.revision, "")
         self._log_assignment(target, request_id, None, None)
 
-    def _log_assignment(self, target: Target, request_id: str, best: Prediction | None, latency_ms: float | None) -> None:
+    def _log_assignment(
+        self,
+        target: Target,
+        request_id: str,
+        best: Prediction | None,
+        latency_ms: float | None,
+        answered_label: str | None = None,
+        saliency: float | None = None,
+    ) -> None:
         self._log(target.model.experiment.id).assignments.add(
             {
                 "request_id": request_id,
@@ -265,25 +436,34 @@ class Router:
                 "probability": best and best["probability"],
                 "latency_ms": latency_ms,
                 "is_error": best is None,
+                "covariate": target.covariate,
+                "answered_label": answered_label,
+                "saliency_similarity": saliency,
             }
         )
 
-    async def feedback(self, request_id: str, label: str | None, outcome: bool | None) -> bool:
+    async def feedback(self, request_id: str, label: str | None, value: float | None) -> float:
         """Record what came of a request, durably; returns the outcome.
 
         Args:
-            label: the true class; the outcome is whether it was answered.
-            outcome: the outcome itself, where there is no label.
+            label: the true class; the outcome is whether it was answered (1 or 0).
+            value: the outcome itself, where there is no label.
 
         Raises:
-            ServingError: the id was not issued here, or the label is no class of the model.
+            ServingError: the id was not issued here, the label is no class of the model, or a number was sent where
+                the experiment compares successes.
             StorageError: it could not be made durable; send it again.
         """
         issued = parse_request_id(self._signing_key, request_id)
+        model = next((model for model in self.state.models.values() if model.experiment.id == issued.experiment), None)
         if label is not None:
-            self._check_label(issued.experiment, label)
-            outcome = issued.predicted(label)
-        assert outcome is not None
+            _check_label(model, label)
+            value = float(issued.predicted(label))
+        assert value is not None
+        if model is not None and model.experiment.outcome == "proportion" and value not in (0.0, 1.0):
+            raise ServingError(
+                f"value {value:g}: the experiment on '{model.experiment.model}' compares successes; send 0 or 1, or outcome or label"
+            )
         await self._log(issued.experiment).outcomes.add_durably(
             {
                 "request_id": request_id,
@@ -291,25 +471,65 @@ class Router:
                 "variant": issued.variant,
                 "revision": issued.revision,
                 "label": label,
-                "outcome": outcome,
+                "value": value,
             }
         )
-        return outcome
-
-    def _check_label(self, experiment: str, label: str) -> None:
-        for model in self.state.models.values():
-            if model.experiment.id == experiment:
-                classes = {name for backend in model.backends.values() for name in backend.classes}
-                if label not in classes:
-                    raise ServingError(f"label '{label}' is no class of '{model.experiment.model}'{near_miss(label, classes)}")
+        if model is not None:
+            tags = {"model": model.experiment.model, "variant": issued.variant}
+            self._metrics.outcomes.inc(1, tags)
+            if value > 0:
+                self._metrics.outcome_sum.inc(value, tags)
+        return value
 
     async def report(self, model_name: str) -> dict[str, Any]:
         """Return the figures of a model's experiment; see `report.experiment_report`. Raises NotFoundError, StorageError."""
         experiment, uri = self.model(model_name).experiment, self.state.experiments_uri
         assert uri is not None
         await self._log(experiment.id).flush()
+        reader = self._readers.setdefault(experiment.id, LogReader(uri, experiment.id))
+        async with self._reading:
+            return await asyncio.to_thread(lambda: experiment_report(experiment, reader.assignments(), reader.outcomes()))
 
-        def read() -> dict[str, Any]:
-            return experiment_report(experiment, read_assignments(uri, experiment.id), read_outcomes(uri, experiment.id))
+    async def decide(self, model_name: str, decision: Literal["promote", "abort"], variant: str | None, by: str) -> Experiment:
+        """End the experiment on a model, and return it as it is then; the watcher, which has the registry, does it.
 
-        return await asyncio.to_thread(read)
+        Args:
+            variant: to be promoted; None: the only challenger.
+            by: who decides, for the event.
+
+        Raises:
+            ServingError: no experiment is running, it has no watcher, or it is not clear which variant is meant.
+        """
+        experiment = self.model(model_name).experiment
+        if not experiment.is_watched:
+            raise ServingError(
+                f"no watched experiment is running on '{model_name}'; start one with `eagleray ab start`, or decide with `eagleray ab {decision}`"
+            )
+        watcher: DeploymentHandle[Any] = serve.get_deployment_handle(WATCHER_NAME, app_name=WATCHER_APPLICATION)
+        try:
+            async with asyncio.timeout(DECISION_TIMEOUT_S):
+                decided = await watcher.decide.remote(model_name, decision, variant, by)
+        except TimeoutError:
+            raise BusyError(
+                f"the watcher has not answered within {DECISION_TIMEOUT_S:.0f} s; look at the experiment, and try again"
+            ) from None
+        if decided["refused"] is not None:
+            raise ServingError(decided["refused"])
+        return Experiment.model_validate(decided["experiment"])
+
+
+def _best(answered: Any, classes: list[str]) -> list[Prediction]:
+    """Return the most probable class of each picture, from what either way of classifying answers. Raises DataError."""
+    if isinstance(answered, np.ndarray):
+        return [{"label": classes[int(row.argmax())], "probability": float(row.max())} for row in answered]
+    if answered["refused"] is not None:
+        raise DataError(answered["refused"])
+    return [row[0] for row in answered["predictions"]]
+
+
+def _check_label(model: ModelSpec | None, label: str) -> None:
+    if model is None:  # of an experiment that has ended
+        return
+    classes = {name for backend in model.backends.values() for name in backend.classes}
+    if label not in classes:
+        raise ServingError(f"label '{label}' is no class of '{model.experiment.model}'{near_miss(label, classes)}")

@@ -9,7 +9,7 @@ import pytest
 from eagleray.errors import ServingError, StorageError
 from eagleray.serving import outcomes
 from eagleray.serving.experiment import Experiment, Variant
-from eagleray.serving.outcomes import ExperimentLog, load_signing_key, new_request_id, parse_request_id, read_assignments, read_outcomes
+from eagleray.serving.outcomes import ExperimentLog, LogReader, load_signing_key, new_request_id, parse_request_id
 from eagleray.serving.report import experiment_report
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -17,7 +17,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 def outcome(request_id: str, value: bool, variant: str = "champion", seconds: int = 0, revision: int = 1) -> outcomes.Row:
     time = NOW + timedelta(seconds=seconds)
-    return {"request_id": request_id, "time": time, "variant": variant, "revision": revision, "label": None, "outcome": value}
+    return {"request_id": request_id, "time": time, "variant": variant, "revision": revision, "label": None, "value": float(value)}
 
 
 def assignment(i: int, variant: str, key: str, revision: int = 1, is_error: bool = False) -> outcomes.Row:
@@ -38,7 +38,7 @@ def assignment(i: int, variant: str, key: str, revision: int = 1, is_error: bool
 def test_an_acknowledged_outcome_is_on_storage(tmp_path: Path):
     async def run() -> int:
         await ExperimentLog(str(tmp_path), "e").outcomes.add_durably(outcome("r1", True))
-        return read_outcomes(str(tmp_path), "e").num_rows  # as another process would, without closing the log
+        return LogReader(str(tmp_path), "e").outcomes().num_rows  # as another process would, without closing the log
 
     assert asyncio.run(run()) == 1
 
@@ -51,7 +51,7 @@ def test_outcomes_that_arrive_together_share_a_write_and_segments_stay_few(tmp_p
 
     asyncio.run(run())
     assert len(list((tmp_path / "e" / "outcomes").glob("*.parquet"))) <= 5_000 // outcomes.SEGMENT_ROWS + 1
-    assert read_outcomes(str(tmp_path), "e").num_rows == 1_000
+    assert LogReader(str(tmp_path), "e").outcomes().num_rows == 1_000
 
 
 def test_assignments_are_written_soon_without_anybody_waiting(tmp_path: Path):
@@ -59,9 +59,9 @@ def test_assignments_are_written_soon_without_anybody_waiting(tmp_path: Path):
         log = ExperimentLog(str(tmp_path), "e")
         log.assignments.add(assignment(1, "champion", "k"))
         async with asyncio.timeout(20):
-            while not read_assignments(str(tmp_path), "e").num_rows:
+            while not LogReader(str(tmp_path), "e").assignments().num_rows:
                 await asyncio.sleep(0.01)
-        return read_assignments(str(tmp_path), "e").num_rows
+        return LogReader(str(tmp_path), "e").assignments().num_rows
 
     assert asyncio.run(run()) == 1
 
@@ -75,7 +75,7 @@ def test_two_writers_and_repeated_deliveries_count_once_and_the_latest_correctio
         await second.outcomes.add_durably(outcome("r2", True))
 
     asyncio.run(run())
-    rows = {row["request_id"]: row["outcome"] for row in read_outcomes(str(tmp_path), "e").to_pylist()}
+    rows = {row["request_id"]: row["value"] == 1.0 for row in LogReader(str(tmp_path), "e").outcomes().to_pylist()}
     assert rows == {"r1": False, "r2": True}
 
 
@@ -93,8 +93,8 @@ def test_while_the_store_fails_feedback_is_refused_and_assignments_are_kept(tmp_
         await log.flush()
 
     asyncio.run(run())
-    assert read_assignments(str(tmp_path), "e").num_rows == 1
-    assert read_outcomes(str(tmp_path), "e").num_rows == 0
+    assert LogReader(str(tmp_path), "e").assignments().num_rows == 1
+    assert LogReader(str(tmp_path), "e").outcomes().num_rows == 0
 
 
 def test_a_request_id_says_what_was_answered_and_cannot_be_forged(tmp_path: Path):
@@ -126,7 +126,7 @@ def test_the_report_counts_users_for_shares_and_only_the_current_revision(tmp_pa
         await log.flush()
 
     asyncio.run(run())
-    report = experiment_report(experiment, read_assignments(str(tmp_path), "e"), read_outcomes(str(tmp_path), "e"))
+    report = experiment_report(experiment, LogReader(str(tmp_path), "e").assignments(), LogReader(str(tmp_path), "e").outcomes())
     champion, challenger = report["variants"]["champion"], report["variants"]["challenger"]
     assert (champion["requests"], champion["keys"], champion["share"]) == (100, 1, 0.5)
     assert (champion["p50_ms"], champion["p99_ms"]) == (50.5, 99.01)
