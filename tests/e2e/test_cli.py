@@ -82,6 +82,31 @@ def test_a_model_that_is_not_registered(tmp_path: Path) -> None:
     assert "no model 'pets' in the registry" in result.stderr and "none yet (train one)" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--challenger", "7", "--ramp", "10%@1w"), "--ramp '10%@1w': expected share@time, such as 10%@1h"),
+        (("--challenger", "7", "--ramp", "110%@1h"), "--ramp '110%@1h': expected share@time"),
+        (("--challenger", "7", "--guardrail", "errors=0.1"), "--guardrail 'errors=0.1': expected error_rate="),
+        (("--challenger", "7", "--guardrail", "recall=0.1"), "recall:CLASS="),
+        (("--challenger", "7", "--traffic", "much"), "--traffic 'much': expected a percentage such as 10%"),
+    ],
+)
+def test_an_experiment_that_cannot_be_read(options: tuple[str, ...], line: str, tmp_path: Path) -> None:
+    assert line in refused("ab", "start", "pets", *options, cwd=tmp_path)
+
+
+def test_how_many_users_an_experiment_takes(tmp_path: Path) -> None:
+    result = eagleray("ab", "power", "90%", "2%", cwd=tmp_path)
+    assert result.returncode == 0
+    rows = {
+        line.split("  ")[0].strip(): line.split()[-4:] for line in result.stdout.splitlines() if "," in line and line.strip()[0] in "wl"
+    }
+    watched, once = (int(rows[name][2].replace(",", "")) for name in ("watched all along", "looked at once, at the end"))
+    assert once < watched < 3 * once
+    assert "between 0 and 1" in refused("ab", "power", "90%", "20%", cwd=tmp_path)
+
+
 def test_a_check_of_the_set_up(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -114,3 +139,19 @@ def test_ingest_then_look_at_it(tmp_path: Path) -> None:
     shard.write_bytes(b"x")
     damaged = eagleray("data", "verify", "shards/train", cwd=tmp_path)
     assert damaged.returncode == 1 and shard.name in damaged.stdout
+
+
+def test_keys_are_added_listed_and_revoked(tmp_path: Path) -> None:
+    added = eagleray("serve", "keys", "add", "web", "--keys", "keys", "--rate", "5", cwd=tmp_path)
+    assert added.returncode == 0, added.stderr
+    secret = added.stdout.rpartition("Bearer ")[2].strip()
+    listed = eagleray("serve", "keys", "list", "--keys", "keys", cwd=tmp_path).stdout
+    assert "web" in listed and "predict" in listed and " 5 " in listed
+    assert len(secret) > 40 and secret not in listed
+    assert "'web' exists" in refused("serve", "keys", "add", "web", "--keys", "keys", cwd=tmp_path)
+    assert eagleray("serve", "keys", "revoke", "web", "--keys", "keys", cwd=tmp_path).returncode == 0
+    assert "no key 'web'" in refused("serve", "keys", "revoke", "web", "--keys", "keys", cwd=tmp_path)
+
+
+def test_a_host_that_others_reach_without_keys(tmp_path: Path) -> None:
+    assert "serve.keys_uri" in refused("serve", "deploy", "pets@champion", "--host", "0.0.0.0", cwd=tmp_path)

@@ -15,14 +15,15 @@ ALLOWED = {
     "errors": set(),
     "storage": {"errors"},
     "ports": {"errors"},
+    "placement": set(),
     "config": {"errors", "storage"},
-    "data": {"errors", "storage", "config"},
+    "data": {"errors", "placement", "storage", "config"},
     "models": {"errors", "storage", "config"},
     "artifacts": {"errors", "storage", "config", "data", "models"},
-    "training": {"errors", "storage", "config", "data", "models", "artifacts"},
-    "tuning": {"errors", "storage", "config", "data", "models", "artifacts", "training"},
-    "serving": {"errors", "storage", "config", "artifacts", "models", "data", "ports"},
-    "cluster": {"errors", "storage", "config", "ports"},
+    "training": {"errors", "placement", "storage", "config", "data", "models", "artifacts"},
+    "tuning": {"errors", "placement", "storage", "config", "data", "models", "artifacts", "training"},
+    "serving": {"errors", "placement", "storage", "config", "artifacts", "models", "data", "ports"},
+    "cluster": {"errors", "placement", "storage", "config", "models", "ports"},
 }
 
 
@@ -72,6 +73,6 @@ def test_help_answers_quickly_and_lists_every_verb() -> None:
         start = time.perf_counter()
         text = subprocess.run([sys.executable, "-m", "eagleray", "--help"], capture_output=True, text=True, check=True).stdout
         seconds.append(time.perf_counter() - start)
-    for verb in ("quickstart", "ingest", "train", "tune", "data", "models", "serve", "ab", "submit", "jobs", "doctor"):
+    for verb in ("quickstart", "ingest", "train", "tune", "data", "runs", "models", "serve", "ab", "submit", "jobs", "doctor"):
         assert f" {verb} " in text
     assert min(seconds) < 2.0  # 0.5 s on a quiet machine; a heavy import costs several

@@ -7,11 +7,12 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagleray.cluster.forkserver import forked_workers
 from eagleray.errors import ClusterError
 
 CONNECT_TIMEOUT_S = 3.0
@@ -22,6 +23,8 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Reports of epochs shorter than this wait for it (Ray's default: 2 s); a quarter second costs nothing.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # After a node's death Train waits so long for room for the workers it had before it tries with fewer (default: 60 s).
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # Two messages of the raylet that are harmless and come with every small machine and every shutdown of Serve.
@@ -34,8 +37,9 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
-IDLE_WORKER_S = 60
-"""Ray ends idle worker processes after a second; on a small machine starting the next one costs several."""
+IDLE_WORKER_S = 600
+"""Ray ends idle worker processes after a second; on a small machine starting the next one costs several of all its cores'. Those
+that decode for validation are idle for as long as an epoch's training takes."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +71,15 @@ def connected(address: str | None = None, *, num_cpus: int | None = None) -> Ite
         return
     quiet()
     address = address or os.environ.get("RAY_ADDRESS")
-    try:
-        if address is None:
-            _start(num_cpus)
-        else:
-            _join(address)
-        yield _connection(is_local=address is None)
-    finally:
-        ray.shutdown()
+    with nullcontext() if address else forked_workers():
+        try:
+            if address is None:
+                _start(num_cpus)
+            else:
+                _join(address)
+            yield _connection(is_local=address is None)
+        finally:
+            ray.shutdown()
 
 
 def _start(num_cpus: int | None) -> None:

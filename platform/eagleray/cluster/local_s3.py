@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,8 +93,10 @@ class LocalS3:
             self._process = None
 
     def create_bucket(self, name: str) -> str:
-        """Create a bucket and return its URI."""
-        self._client().create_bucket(Bucket=name)
+        """Create a bucket, unless it is there from an earlier time, and return its URI."""
+        client = self._client()
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def __enter__(self) -> LocalS3:

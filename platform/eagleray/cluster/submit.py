@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import http
+import shlex
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from eagleray import storage
 from eagleray.cluster.connect import CONNECT_TIMEOUT_S, has_token, package_directory, prepare_environment, quiet
-from eagleray.config.load import dump_job, with_values
+from eagleray.config.load import build_job, dump_job, with_values
 from eagleray.config.schema import JobConfig
 from eagleray.errors import ClusterError, ConfigError
+from eagleray.placement import QUEUE_PREFIX
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -26,6 +32,8 @@ VERBS = ("train", "tune")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLL_S = 0.5
 AGENT_TIMEOUT_S = 60.0
+STOP_WAIT_S = 120
+"""So long a job may take to save where it is before it is ended hard; Ray's own default is 3 s."""
 
 
 @dataclass(frozen=True)
@@ -36,34 +44,135 @@ class JobInfo:
     entrypoint: str
     message: str
     started: datetime | None
+    ended: datetime | None
+    verb: str
+    """train or tune; '' where somebody else than eagleray submitted the job."""
+    run: str
+    """Name of its run."""
+    job_file: str
+    """The resolved job file, YAML."""
+    serves: bool
+    """Whether it deploys the model that it has trained."""
+    queue: str
+    """'': it waits for nobody."""
 
 
-def submit_job(job: JobConfig, address: str, *, verb: str | None = None, name: str | None = None) -> str:
+def submit_job(
+    job: JobConfig,
+    address: str,
+    *,
+    run: str,
+    verb: str | None = None,
+    resume: bool = False,
+    serves: bool = False,
+    queue: str | None = None,
+) -> str:
     """Start `eagleray train` or `tune` with `job` on the cluster whose job server is at `address`; return the job's id.
 
     The package and the resolved job file travel; data, results and secrets do not.
 
     Args:
         address: `http://host:8265`.
+        run: name of the run.
         verb: by default `tune` where the job has a `tune` section, else `train`.
-        name: name of the run.
+        resume: go on with that run.
+        serves: make what was trained the champion, and deploy it on the same cluster.
+        queue: queue of the cluster's to wait in until it has room for the job's workers.
 
     Raises:
-        ClusterError: nobody answers there, or the token is missing or wrong.
+        ClusterError: nobody answers there, the token is missing or wrong, the cluster runs another Ray, has no such queue, or
+            one that is too small for the job.
         ConfigError: the job uses local paths that the cluster cannot see.
     """
     verb = verb or ("tune" if job.tune is not None else "train")
     if verb not in VERBS:
         raise ConfigError(f"--verb '{verb}': expected one of {', '.join(VERBS)}")
+    if serves and verb != "train":
+        raise ConfigError("--on-finish serve: a search only finds a job; train its winner with --on-finish serve")
     portable = _with_portable_paths(job, address)
     with _client(address) as client, tempfile.TemporaryDirectory() as directory:
+        _check_ray_version(client, address)
         (Path(directory) / "job.yaml").write_text(dump_job(portable), encoding="utf-8")
-        arguments = f" --name {name}" if name else ""
         return _submit_when_ready(
             client,
-            entrypoint=f"python -m eagleray {verb} job.yaml{arguments}",
-            runtime_env={"working_dir": directory, "py_modules": [str(package_directory())]},
-            metadata={"job": job.name, "verb": verb},
+            entrypoint=_entrypoint(portable, verb, run, resume, serves),
+            runtime_env={
+                "working_dir": directory,
+                "py_modules": [str(package_directory())],
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+            },
+            metadata={"verb": verb, "run": run, "job_file": dump_job(portable), "serves": "yes" if serves else "", "queue": queue or ""},
+            entrypoint_resources=_place_in_queue(queue, portable, verb, address) if queue is not None else None,
+        )
+
+
+def resubmit_job(submission_id: str, address: str, *, fresh_run: str | None = None) -> str:
+    """Submit a job that has ended once more, with this version of the package; return the new job's id.
+
+    Args:
+        fresh_run: name of a new run; by default the job goes on with its own from the newest checkpoint.
+
+    Raises:
+        ClusterError: it still runs, or eagleray did not submit it; or as `submit_job`.
+    """
+    ended = job_status(submission_id, address)
+    if not ended.job_file:
+        raise ClusterError(f"job '{submission_id}' was not submitted by eagleray; submit it as it was the first time")
+    if ended.status in ("PENDING", "RUNNING"):
+        raise ClusterError(
+            f"job '{submission_id}' is {ended.status}; stop it first: eagleray jobs stop {submission_id} --address {address}"
+        )
+    job = build_job(yaml.safe_load(ended.job_file), source=submission_id)
+    is_fresh = fresh_run is not None
+    return submit_job(
+        job,
+        address,
+        run=fresh_run or ended.run,
+        verb=ended.verb,
+        resume=not is_fresh,
+        serves=ended.serves,
+        queue=ended.queue or None,
+    )
+
+
+def _place_in_queue(queue: str, job: JobConfig, verb: str, address: str) -> dict[str, float]:
+    """Return the share of a queue that the job's driver holds as long as it runs: its number of workers."""
+    with connection(address) as get:
+        nodes = get("/api/v0/nodes?detail=true")["data"]["result"]["result"]
+    sizes = {
+        name.removeprefix(QUEUE_PREFIX): amount
+        for node in nodes
+        for name, amount in (node.get("resources_total") or {}).items()
+        if name.startswith(QUEUE_PREFIX) and node["state"] == "ALIVE"
+    }
+    if queue not in sizes:
+        raise ClusterError(f"--queue '{queue}': this cluster has {', '.join(sizes) or 'no queues'}; see `queues` in its description")
+    workers = job.train.max_workers
+    if verb == "tune":
+        if job.tune is None or job.tune.max_concurrent is None:
+            raise ConfigError("tune.max_concurrent is not set, which a queue must know; set it to the number of trials at a time")
+        workers = job.tune.max_concurrent
+    if workers > sizes[queue]:
+        raise ClusterError(f"--queue '{queue}': it lets {sizes[queue]:g} workers run at a time, the job has {workers}; lower its number")
+    return {f"{QUEUE_PREFIX}{queue}": workers}
+
+
+def _entrypoint(job: JobConfig, verb: str, run: str, resume: bool, serves: bool) -> str:
+    eagleray = "python -m eagleray"
+    command = f"{eagleray} {verb} job.yaml {'--resume' if resume else '--name'} {shlex.quote(run)}"
+    if not serves:
+        return command
+    return f"{command} --alias champion && {eagleray} serve deploy {job.name}@champion --job job.yaml --address auto"
+
+
+def _check_ray_version(client: JobSubmissionClient, address: str) -> None:
+    """Refuse a cluster with another Ray: a job fails there late, and not by saying so."""
+    theirs = str(client._do_request("GET", "/api/version").json().get("ray_version", "unknown"))
+    ours = metadata.version("ray")
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise ClusterError(
+            f"'{address}' runs Ray {theirs}, this eagleray needs {'.'.join(ours.split('.')[:2])}; start the cluster from "
+            "an image made with cluster/images/Dockerfile, or install the eagleray that goes with it"
         )
 
 
@@ -95,13 +204,40 @@ def job_logs(submission_id: str, address: str, *, follow: bool = False) -> Itera
             time.sleep(POLL_S)
 
 
-def stop_job(submission_id: str, address: str) -> bool:
-    """Stop a job; return False where it had ended before."""
+def stop_job(submission_id: str, address: str) -> JobInfo | None:
+    """Stop a job and return what became of it once it has ended, its checkpoint saved; None where it had ended before.
+
+    One that waits in a queue is PENDING still: Ray stops it when its turn comes, before it does anything.
+
+    Raises:
+        ClusterError: there is no such job, it does not end, nobody answers, or the token is missing or wrong.
+    """
     with _client(address) as client:
         if _details(client, submission_id).status.is_terminal():
-            return False
+            return None
         client.stop_job(submission_id)
-        return True
+        deadline = time.monotonic() + STOP_WAIT_S + POLL_S
+        while not (job := _details(client, submission_id)).status.is_terminal():
+            if job.status == "PENDING" and _info(job).queue:
+                break
+            if time.monotonic() > deadline:
+                raise ClusterError(f"job '{submission_id}' has not ended within {STOP_WAIT_S} s; see its log, and stop it again")
+            time.sleep(POLL_S)
+        return _info(job)
+
+
+@contextmanager
+def connection(address: str) -> Iterator[Callable[[str], Any]]:
+    """Give a function that returns what the job server answers to GET of a path, decoded. Raises ClusterError."""
+    with _client(address) as client:
+
+        def get(path: str) -> Any:
+            answer = client._do_request("GET", path)
+            if answer.status_code != http.HTTPStatus.OK:
+                raise ClusterError(f"'{address}{path}' answers {answer.status_code}: {' '.join(answer.text.split())[:200]}")
+            return answer.json()
+
+        yield get
 
 
 @contextmanager
@@ -164,13 +300,29 @@ def _details(client: JobSubmissionClient, submission_id: str) -> Any:
 
 def _info(details: Any) -> JobInfo:
     started = datetime.fromtimestamp(details.start_time / 1000, UTC) if details.start_time else None
-    return JobInfo(details.submission_id, str(details.status.value), details.entrypoint, details.message or "", started)
+    ended = datetime.fromtimestamp(details.end_time / 1000, UTC) if details.end_time else None
+    told = details.metadata or {}
+    return JobInfo(
+        submission_id=details.submission_id,
+        status=str(details.status.value),
+        entrypoint=details.entrypoint,
+        message=details.message or "",
+        started=started,
+        ended=ended,
+        verb=told.get("verb", ""),
+        run=told.get("run", ""),
+        job_file=told.get("job_file", ""),
+        serves=told.get("serves") == "yes",
+        queue=told.get("queue", ""),
+    )
 
 
 def _with_portable_paths(job: JobConfig, address: str) -> JobConfig:
     """Make local paths absolute for a cluster on this machine; refuse them for any other."""
     paths = {"workspace.root": job.workspace.root, "data.val": job.data.val, "data.test": job.data.test}
     paths |= {f"data.train.{i}": part.uri for i, part in enumerate(job.data.train_parts)}
+    if job.model.pretrained is not None and job.model.pretrained.is_uri:
+        paths["model.pretrained.source"] = job.model.pretrained.source
     local = {key: uri for key, uri in paths.items() if uri is not None and storage.is_local(uri)}
     if local and urlsplit(address).hostname not in LOOPBACK:
         key, uri = next(iter(local.items()))

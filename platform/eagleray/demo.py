@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from eagleray.tuning.search import SearchResult, TrialResult
 
 BUCKET = "quickstart"
-SESSION_NAME = "session.env"
 VARIANTS = ("champion", "challenger")
 
 
@@ -70,7 +69,7 @@ def run_quickstart(
     Raises:
         EagleRayError: the input cannot be used; nothing is left half-written.
     """
-    from eagleray.cli import epoch_line, print_trial, wait_for_interrupt
+    from eagleray.cli import TrialsProgress, epoch_line, wait_for_interrupt
     from eagleray.cluster.connect import check_address, connected
 
     started = time.perf_counter()
@@ -101,8 +100,9 @@ def run_quickstart(
                 console.print(
                     f"  {split:<6} {manifest.num_rows:>6,} pictures, {len(manifest.classes)} classes, {len(manifest.shards)} shard(s), {manifest.num_refused} refused"
                 )
-        with stages("tune", f"tune: {job.tune.num_trials if job.tune else 0} trials, Ray Tune + Optuna, ASHA"):
-            search = api.tune(job, on_trial=print_trial(console))
+        title = f"tune: {job.tune.num_trials if job.tune else 0} trials, Ray Tune + Optuna, ASHA"
+        with stages("tune", title), TrialsProgress(console, job.tune) as progress:
+            search = api.tune(job, on_trial=progress.update)
         with stages("train", f"train: the winner, {search.best.family}, by DDP on {job.train.max_workers} workers"):
             trained = api.train(search.job, alias="champion", on_epoch=lambda m: console.print("  " + epoch_line(m, job.train.epochs)))
         with stages("register", "register: champion and challenger"):
@@ -166,6 +166,8 @@ def _start_s3(stack: ExitStack, root: Path) -> None:
 
 def _write_session(root: Path, job: JobConfig, address: str, use_s3: bool) -> Path:
     """Write the settings with which a second terminal finds workspace, cluster and store, and return the file's path."""
+    from eagleray.cluster.local import write_settings
+
     settings = {
         "EAGLERAY_ROOT": job.workspace.root,
         "MLFLOW_TRACKING_URI": job.workspace.resolved_tracking_uri,
@@ -173,10 +175,7 @@ def _write_session(root: Path, job: JobConfig, address: str, use_s3: bool) -> Pa
     }
     if use_s3:
         settings |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    path = root / SESSION_NAME
-    path.touch(mode=0o600)
-    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
-    return path
+    return write_settings(root, settings)
 
 
 def _build_job(root: Path, store_uri: str, data: str | None, *, port: int, overrides: list[str]) -> JobConfig:
