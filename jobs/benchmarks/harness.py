@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from jobs.benchmarks.systems.protocol import MARK
@@ -59,6 +61,9 @@ class Report:
     def add(self, section: str, **row: Any) -> None:
         self.rows.append({"section": section, **row})
 
+    def judge(self, name: str, goal: str, measured: str, met: bool) -> None:
+        self.goals.append(Goal(name, goal, measured, met))
+
     def print(self) -> None:
         """Print one table per section, then the goals."""
         for section in dict.fromkeys(row["section"] for row in self.rows):
@@ -85,6 +90,14 @@ class Report:
             "goals": [asdict(goal) for goal in self.goals],
         }
         path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def parser(module: str, doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """Return what all benchmarks can be told: `--quick`, of which `quick` says what it means, and `--json`."""
+    built = argparse.ArgumentParser(prog=f"python -m jobs.benchmarks.{module}", description=doc.splitlines()[0] if doc else None)
+    built.add_argument("--quick", action="store_true", help=quick)
+    built.add_argument("--json", type=Path, help="also write the report to this file")
+    return built
 
 
 def _cell(value: Any) -> str:
@@ -150,35 +163,94 @@ def installed_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def run(python: Path | str, module: str, *arguments: str, measure_memory: bool = False) -> dict[str, Any]:
+def run(
+    python: Path | str,
+    module: str,
+    *arguments: str,
+    measure_memory: bool = False,
+    timeout_s: float = TURN_TIMEOUT_S,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Run `module` as a process of its own and return what it answers; with `peak_memory` in bytes if asked for.
 
     Raises:
         TurnError: it failed or took too long; says so, with the last line it wrote.
     """
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "platform")])
-    variables = {**os.environ, **_QUIET, "PYTHONPATH": path}
+    variables = _variables(environment)
     command = [str(python), "-m", module, *arguments]
     # Files rather than pipes: what outlives the process for a moment would hold a pipe open.
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
-        memory = PeakMemory(process.pid) if measure_memory else None
+        memory = MemorySampler(process.pid) if measure_memory else None
         try:
-            process.wait(TURN_TIMEOUT_S)
+            process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise TurnError(f"not done after {TURN_TIMEOUT_S:.0f} s") from None
+            raise TurnError(f"not done after {timeout_s:.0f} s") from None
         finally:
             _end_tree(process)
-            peak = memory.stop() if memory is not None else None
+            peak = max(memory.stop(), default=0) if memory is not None else None
         output.seek(0)
         errors.seek(0)
-        answers = [line for line in output if line.startswith(MARK)]
+        answers = _answers(output)
         lines = [line.strip() for line in errors if line.strip()]
     # The exit status tells nothing of what was measured: a stream that works ahead is broken off by the end of its process.
     if not answers:
         raise TurnError(f"failed: {lines[-1][:300] if lines else f'exit status {process.returncode}'}")
-    answer: dict[str, Any] = json.loads(answers[-1].removeprefix(MARK))
+    answer = answers[-1]
     return answer if peak is None else {**answer, "peak_memory": peak}
+
+
+class Running:
+    """A process that goes on until it is ended, a server say."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: IO[str], errors: IO[str]) -> None:
+        self._process = process
+        self._output = output
+        self._errors = errors
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
+        self._process.stdin.flush()
+
+    def told(self) -> list[dict[str, Any]]:
+        """Return all that it has answered so far."""
+        self._output.seek(0)
+        return _answers(self._output)
+
+    def last_line(self) -> str:
+        self._errors.seek(0)
+        return next((line.strip()[:300] for line in reversed(self._errors.readlines()) if line.strip()), "it wrote nothing")
+
+
+@contextmanager
+def process(python: Path | str, module: str, environment: Mapping[str, str]) -> Iterator[Running]:
+    """Run `module` as a process of its own until the end of the block."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        started = subprocess.Popen(
+            [str(python), "-m", module], cwd=REPOSITORY, env=_variables(environment), stdin=subprocess.PIPE, stdout=output, stderr=errors
+        )
+        try:
+            yield Running(started, output, errors)
+        finally:
+            _end_tree(started)
+
+
+def _variables(more: Mapping[str, str] | None) -> dict[str, str]:
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "platform")])
+    return {**os.environ, **_QUIET, "PYTHONPATH": path, **(more or {})}
+
+
+def _answers(output: Iterable[str]) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix(MARK)) for line in output if line.startswith(MARK)]
 
 
 _QUIET = {
@@ -202,35 +274,36 @@ def _end_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-class PeakMemory:
-    """Samples what a process and all below it hold, shared pages counted once, until stopped.
+class MemorySampler:
+    """Samples what a process and all below it hold, in bytes, shared pages counted once, until stopped.
 
     Shared memory is what the processes map of it, or what /dev/shm has grown by, whichever is more: a store of
     objects may hold pages that nobody maps at the moment.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, interval_s: float = SAMPLE_INTERVAL_S) -> None:
         self._process = psutil.Process(pid)
+        self._interval_s = interval_s
         self._shared_before = _shared_memory_used()
-        self._peak = 0
+        self._samples: list[int] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def stop(self) -> int:
-        """Return the peak in bytes."""
+    def stop(self) -> list[int]:
+        """Return the samples, in the order of time."""
         self._stopped.set()
         self._thread.join()
-        return self._peak
+        return self._samples
 
     def _sample(self) -> None:
-        while not self._stopped.wait(SAMPLE_INTERVAL_S):
+        while not self._stopped.wait(self._interval_s):
             try:
                 tree = [self._process, *self._process.children(recursive=True)]
             except psutil.NoSuchProcess:
                 return
             own, mapped = (sum(sizes) for sizes in zip(*(_proportional_sizes(member.pid) for member in tree), strict=True))
-            self._peak = max(self._peak, own + max(mapped, _shared_memory_used() - self._shared_before))
+            self._samples.append(own + max(mapped, _shared_memory_used() - self._shared_before))
 
 
 def _proportional_sizes(pid: int) -> tuple[int, int]:

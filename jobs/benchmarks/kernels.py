@@ -7,7 +7,6 @@ See docs/performance.md for what is measured, and how.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -46,9 +45,7 @@ def measure(directory: Path, count: int, rounds: int) -> Report:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jobs.benchmarks.kernels", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="fewer pictures and rounds: half a minute")
-    parser.add_argument("--json", type=Path, help="also write the report to this file")
+    parser = harness.parser("kernels", __doc__, quick="fewer pictures and rounds: half a minute")
     parser.add_argument("--dir", type=Path, help="keep the pictures there, and use those that are there")
     arguments = parser.parse_args()
     count, rounds = (200, 3) if arguments.quick else (1_000, 9)

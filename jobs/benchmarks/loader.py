@@ -7,7 +7,6 @@ See docs/performance.md for what is measured, and how.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from jobs.benchmarks import harness
-from jobs.benchmarks.harness import Goal, Report, TurnError, console
+from jobs.benchmarks.harness import Report, TurnError, console
 from jobs.benchmarks.pictures import link_pictures, make_pictures
 from jobs.benchmarks.shuffle import measure_orders
 from jobs.benchmarks.systems.protocol import NUM_WORKERS, ReadTask, WriteTask, rotated
@@ -33,7 +32,6 @@ from eagleray import storage
 from eagleray.cluster.local_s3 import LocalS3
 
 LOCAL, S3 = "local files", "S3"
-STORAGES = (LOCAL, S3)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; `timed_epochs` is made a multiple of the decoding tasks (see `ReadTask`)."""
+    """How much is measured; `timed_epochs` is made a multiple of the worker processes (see `ReadTask`)."""
 
     count: int
     rounds: int
@@ -91,10 +89,11 @@ class Sizes:
     memory_counts: tuple[int, int]
     scaling_counts: tuple[int, ...]
     scaling_rounds: int
+    storages: tuple[str, ...]
 
 
-FULL = Sizes(2_000, 3, 4, 10_000, 2, (2_000, 20_000), (2_000, 10_000, 50_000), 2)
-QUICK = Sizes(600, 1, 4, 600, 1, (600, 3_000), (), 0)
+FULL = Sizes(2_000, 3, 4, 10_000, 2, (2_000, 20_000), (2_000, 10_000, 50_000), 2, (LOCAL, S3))
+QUICK = Sizes(1_000, 1, 2, 1_000, 1, (1_000, 4_000), (1_000, 4_000), 1, (LOCAL,))
 
 
 @dataclass
@@ -272,7 +271,7 @@ def measure_loader(bench: Bench) -> None:
     def measure(system: System, place: str) -> None:
         turns.setdefault((system.name, place), []).append(bench.read(system, place, sizes.count, sizes.timed_epochs))
 
-    jobs = [(system, place, lambda s=system, p=place: measure(s, p)) for place in STORAGES for system in bench.usable()]
+    jobs = [(system, place, lambda s=system, p=place: measure(s, p)) for place in sizes.storages for system in bench.usable()]
     failures = in_rounds("throughput", sizes.rounds, [(EAGLERAY, "bare kernel", measure_bound), *jobs])
 
     bound = statistics.median(bounds)
@@ -284,7 +283,7 @@ def measure_loader(bench: Bench) -> None:
         range=_range(bounds),
         of_bound=1.0,
     )
-    for place in STORAGES:
+    for place in sizes.storages:
         done_here = {name: done for (name, where), done in turns.items() if where == place and (name, place) not in failures}
         rates = {name: _median(done, "images_per_s") for name, done in done_here.items()}
         peers = {name: rate for name, rate in rates.items() if name != EAGLERAY.name}
@@ -311,10 +310,10 @@ def measure_loader(bench: Bench) -> None:
         ours = rates[EAGLERAY.name]
         if best:
             ratio = ours / peers[best]
-            _goal(bench, f"throughput, {place}", "at least 1.3 × the best peer", f"{ratio:.2f} × {best}", ratio >= 1.3)
-        _goal(bench, f"share of the bound, {place}", "at least 85 %", f"{ours / bound:.1%}", ours / bound >= 0.85)
+            bench.report.judge(f"throughput, {place}", "at least 1.3 × the best peer", f"{ratio:.2f} × {best}", ratio >= 1.3)
+        bench.report.judge(f"share of the bound, {place}", "at least 85 %", f"{ours / bound:.1%}", ours / bound >= 0.85)
         slowest = max(seconds for turn in turns[EAGLERAY.name, place] for seconds in turn.first_batches_s)
-        _goal(bench, f"first batch from the second epoch on, {place}", "at most 1 s, every time", f"{slowest:.2f} s", slowest <= 1.0)
+        bench.report.judge(f"first batch from the second epoch on, {place}", "at most 1 s, every time", f"{slowest:.2f} s", slowest <= 1.0)
 
 
 def measure_ingest(bench: Bench) -> None:
@@ -370,15 +369,12 @@ def measure_memory(bench: Bench) -> None:
         assert turn.peak_memory is not None
         bench.report.add("Memory", system=system.name, pictures=small, peak_mb=turn.peak_memory / 1e6)
     growth = peaks[large] / peaks[small] - 1
-    _goal(bench, f"memory for {large:,} pictures against {small:,}", "within 10 %", f"{growth:+.1%}", abs(growth) <= 0.1)
+    bench.report.judge(f"memory for {large:,} pictures against {small:,}", "within 10 %", f"{growth:+.1%}", abs(growth) <= 0.1)
 
 
 def measure_scaling(bench: Bench) -> None:
     """Cost per picture at several sizes of the data set; equally many pictures are timed at each."""
     counts = bench.sizes.scaling_counts
-    if not counts:
-        bench.report.add("Scale", system=EAGLERAY.name, note="left out by --quick: it needs 50,000 pictures")
-        return
     turns: dict[int, list[Turn]] = {count: [] for count in counts}
 
     def measure(count: int) -> None:
@@ -391,13 +387,14 @@ def measure_scaling(bench: Bench) -> None:
         rates = [turn.images_per_s for turn in turns[count]]
         bench.report.add("Scale", system=EAGLERAY.name, pictures=count, us_per_picture=cost, images_per_s=1e6 / cost, range=_range(rates))
     growth = max(costs.values()) / min(costs.values()) - 1
-    _goal(bench, f"cost per picture from {min(counts):,} to {max(counts):,}", "flat within 10 %", f"{growth:.1%} apart", growth <= 0.1)
+    bench.report.judge(
+        f"cost per picture from {min(counts):,} to {max(counts):,}", "flat within 10 %", f"{growth:.1%} apart", growth <= 0.1
+    )
 
 
 def measure_shuffle(bench: Bench) -> None:
     """What shuffling costs, and how well it mixes."""
     sizes = bench.sizes
-    places = STORAGES if sizes is FULL else (LOCAL,)
     turns: dict[tuple[str, bool], list[Turn]] = {}
 
     def measure(place: str, shuffle: bool) -> None:
@@ -406,18 +403,18 @@ def measure_shuffle(bench: Bench) -> None:
 
     jobs = [
         (EAGLERAY, f"{place}, {'shuffled' if shuffle else 'unshuffled'}", lambda p=place, s=shuffle: measure(p, s))
-        for place in places
+        for place in sizes.storages
         for shuffle in (True, False)
     ]
     in_rounds("shuffling", sizes.rounds, jobs)
-    for place in places:
+    for place in sizes.storages:
         rates = {shuffle: _median(turns[place, shuffle], "images_per_s") for shuffle in (True, False)}
         for shuffle, rate in rates.items():
             name = "eagleray, shuffled" if shuffle else "eagleray, unshuffled"
             found = [turn.images_per_s for turn in turns[place, shuffle]]
             bench.report.add("Cost of shuffling", system=name, storage=place, images_per_s=rate, range=_range(found))
         ratio = rates[True] / rates[False]
-        _goal(bench, f"shuffled against unshuffled, {place}", "at least 90 %", f"{ratio:.1%}", ratio >= 0.9)
+        bench.report.judge(f"shuffled against unshuffled, {place}", "at least 90 %", f"{ratio:.1%}", ratio >= 0.9)
     orders = measure_orders()
     full = orders["full shuffle"]
     for name, found in orders.items():
@@ -438,10 +435,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "shuffle": measure_shuffle,
 }
 ON_S3 = ("loader", "shuffle")
-
-
-def _goal(bench: Bench, name: str, goal: str, measured: str, met: bool) -> None:
-    bench.report.goals.append(Goal(name, goal, measured, met))
+QUICK_PARTS = ("loader", "shuffle")
 
 
 def _median(turns: list[Turn], figure: str) -> float:
@@ -465,18 +459,17 @@ def _store(directory: Path, is_needed: bool) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jobs.benchmarks.loader", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="600 pictures, one round, no scaling")
+    parser = harness.parser("loader", __doc__, quick="throughput and shuffling alone: 1,000 pictures, local files, one round")
     parser.add_argument("--only", choices=PARTS, help="one part")
-    parser.add_argument("--json", type=Path, help="also write the report to this file")
     parser.add_argument("--dir", type=Path, help="keep the pictures and data sets there, and use those that are there")
     arguments = parser.parse_args()
-    parts = [arguments.only] if arguments.only else list(PARTS)
+    sizes = QUICK if arguments.quick else FULL
+    parts = [arguments.only] if arguments.only else list(QUICK_PARTS if arguments.quick else PARTS)
     with tempfile.TemporaryDirectory(prefix="eagleray-benchmark-") as temporary:
         directory = (arguments.dir or Path(temporary)).resolve()
         directory.mkdir(parents=True, exist_ok=True)
-        bench = Bench(directory, QUICK if arguments.quick else FULL)
-        with _store(directory / "s3", any(part in ON_S3 for part in parts)) as bench.bucket_uri:
+        bench = Bench(directory, sizes)
+        with _store(directory / "s3", S3 in sizes.storages and any(part in ON_S3 for part in parts)) as bench.bucket_uri:
             bench.prepare()
             for part in parts:
                 PARTS[part](bench)

@@ -1,7 +1,7 @@
 """eagleray's own stream, as a training run uses it: one rank, default settings, both cores for decoding.
 
 A run on two cores gives its stream a fraction of them, as the model needs the rest. Here the consumer only counts, so
-that the stream gets one decoding task per core, as every peer gets one worker process per core.
+that the stream gets both for decoding, as every peer gets one worker process per core.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read(task: ReadTask) -> Epochs:
     plan = EpochPlan.of(manifest, BATCH_SIZE, data.lanes, data.shuffle_window, seed=0 if task.shuffle else None)
     options = (ReadOptions.of(manifest, data),)
     decoder = WindowDecoder((task.uri,), plan, Preprocessing.of(data), data.augment, read_options=options)
-    stream = BatchStream(decoder, rank=0, world_size=1, resources=DecodeResources(tasks=NUM_WORKERS, cpus=1.0))
+    stream = BatchStream(decoder, rank=0, world_size=1, resources=DecodeResources.on(NUM_WORKERS))
     # The stream goes on beyond the last timed epoch: a task may be decoding an epoch ahead then, as it was before the first.
     with connected(), closing(stream.epochs(0, 1 + task.timed_epochs + NUM_WORKERS)) as epochs:
         for batches in epochs:

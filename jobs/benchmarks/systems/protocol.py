@@ -46,7 +46,7 @@ class ReadTask:
     """Go through the data for one untimed epoch and `timed_epochs` timed ones.
 
     A system may make a part of an epoch during the one before. So its rate is that over all timed epochs
-    together, their number is a multiple of the decoding tasks, and a stream that works ahead goes on beyond the last:
+    together, their number is a multiple of the worker processes, and a stream that works ahead goes on beyond the last:
     what the first timed epoch found ready, the last one leaves behind.
 
     Attributes:

@@ -1,0 +1,59 @@
+"""eagleray as `eagleray serve deploy` starts it: router, log of assignments and batching on, the back end chosen at deploy time."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+
+import torch
+from jobs.benchmarks.servers.common import BATCH_WAIT_S, MAX_BATCH_SIZE, ServeTask, task
+from jobs.benchmarks.systems.protocol import answer
+
+from eagleray import api
+from eagleray.artifacts.package import ModelCard, save_package
+from eagleray.cluster.connect import connected
+from eagleray.config.schema import ModelConfig, ServingConfig, WorkspaceConfig
+from eagleray.data.transforms import Preprocessing
+from eagleray.models.zoo import build_model
+
+MODEL = "benchmark"
+
+
+def register(workspace: WorkspaceConfig, to_do: ServeTask, seed: int = 0) -> int:
+    """Register the network with weights of its own; returns the version."""
+    torch.manual_seed(seed)
+    config = ModelConfig(name=to_do.network)
+    classes = [str(i) for i in range(to_do.num_classes)]
+    uri = f"{workspace.models_uri}/{MODEL}-{seed}"
+    card = ModelCard(
+        name=MODEL,
+        model=config,
+        classes=classes,
+        preprocessing=Preprocessing(image_size=to_do.image_size, eval_resize=to_do.image_size * 8 // 7),
+        metrics={},
+        run_name="benchmark",
+        data_digest="",
+        job={},
+        code_version="",
+    )
+    save_package(uri, build_model(config, len(classes), to_do.image_size).state_dict(), card)
+    return api.open_registry(workspace).register(MODEL, uri, "", {}).version
+
+
+def serving_config(to_do: ServeTask) -> ServingConfig:
+    options = {"port": to_do.port, "max_batch_size": MAX_BATCH_SIZE, "batch_wait_s": BATCH_WAIT_S, "backend": to_do.backend}
+    return ServingConfig.model_validate(options)
+
+
+def main() -> None:
+    to_do = task()
+    with tempfile.TemporaryDirectory() as root, connected():
+        workspace = WorkspaceConfig(root=root)
+        version = register(workspace, to_do)
+        api.serve(workspace, {"champion": f"{MODEL}:{version}"}, serving_config(to_do))
+        answer(api.serve_status(None))
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()
