@@ -973,10 +973,8 @@ def cluster_local_up(
     from eagleray.cluster.local import SETTINGS_NAME, LocalCluster
 
     end_as_by_ctrl_c()  # while it starts as well: its parts would outlive it
-    with LocalCluster(directory, num_cpus) as cluster:
-        for part in cluster.parts:
-            console.print(f"{part.name:<11} {part.address}", soft_wrap=True)
-        console.print(f"logs and data are in {cluster.directory}")
+    console.print(f"starting the parts of a cluster in {directory.resolve()}")
+    with LocalCluster(directory, num_cpus, lambda part: console.print(f"{part.name:<11} {part.address}", soft_wrap=True)) as cluster:
         console.print(f"in another terminal: set -a; . {cluster.directory / SETTINGS_NAME}; set +a; eagleray cluster status")
         console.print("Ctrl-C stops all of it; what it stores stays")
         wait_for_interrupt()

@@ -45,17 +45,16 @@ class LocalCluster:
     """Runs all parts for the block; what they store stays in `directory`.
 
     Attributes:
-        parts: what runs, in the order in which it was started.
         settings: environment variables with which another process finds all of it, and may use it.
 
     Raises:
         ClusterError: a program is missing, or a part does not come up; says which, and what to do.
     """
 
-    def __init__(self, directory: str | Path, num_cpus: int | None = None) -> None:
+    def __init__(self, directory: str | Path, num_cpus: int | None = None, on_part: Callable[[Part], None] = lambda part: None) -> None:
         self.directory = Path(directory).resolve()
-        self.parts: list[Part] = []
         self.settings: dict[str, str] = {}
+        self._on_part = on_part  # told of each part once it runs
         self._num_cpus = num_cpus or os.cpu_count() or 1
         self._stack = ExitStack()
 
@@ -67,8 +66,10 @@ class LocalCluster:
             self._start_metrics(self._start_ray())
             # Its addresses and keys are of this time alone.
             self._stack.callback(write_settings(self.directory, self.settings).unlink, missing_ok=True)
-        except BaseException:
+        except BaseException as error:
             self._stack.close()
+            if isinstance(error, OSError):
+                raise ClusterError(f"a local cluster cannot start in '{self.directory}': {error}; give another --dir") from error
             raise
         return self
 
@@ -79,11 +80,11 @@ class LocalCluster:
         store = self._stack.enter_context(LocalS3(self.directory / "s3"))
         uri = store.create_bucket(BUCKET)
         self.settings |= store.environment() | {"EAGLERAY_ROOT": f"{uri}/work"}
-        self.parts.append(Part("S3", store.endpoint))
+        self._on_part(Part("S3", store.endpoint))
 
     def _start_database(self) -> LocalPostgres:
         database = self._stack.enter_context(LocalPostgres(self.directory / "postgres"))
-        self.parts.append(Part("PostgreSQL", database.create_database("optuna")))
+        self._on_part(Part("PostgreSQL", database.create_database("optuna")))
         return database
 
     def _start_tracking(self, database: LocalPostgres) -> None:
@@ -91,7 +92,8 @@ class LocalCluster:
         address = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
         command += [f"--backend-store-uri={database.create_database('mlflow')}", f"--artifacts-destination=s3://{BUCKET}/mlflow"]
-        self._start("MLflow", address, command, lambda: _answers(f"{address}/health"))
+        # Its job runners, for judging texts, are two more processes that nothing here asks for.
+        self._start("MLflow", address, command, lambda: _answers(f"{address}/health"), MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
         self.settings["MLFLOW_TRACKING_URI"] = address
 
     def _start_ray(self) -> Path:
@@ -119,10 +121,10 @@ class LocalCluster:
         command += [f"--storage.tsdb.path={self.directory / 'prometheus'}"]
         self._start("Prometheus", f"http://127.0.0.1:{port}", command, lambda: _answers(f"http://127.0.0.1:{port}/-/ready"))
 
-    def _start(self, name: str, address: str, command: list[str], is_up: Callable[[], bool]) -> None:
+    def _start(self, name: str, address: str, command: list[str], is_up: Callable[[], bool], **environment: str) -> None:
         log = self.directory / f"{name.lower()}.log"
-        self._stack.enter_context(_running(name, command, log, _environment(self.settings), is_up))
-        self.parts.append(Part(name, address))
+        self._stack.enter_context(_running(name, command, log, _environment(self.settings) | environment, is_up))
+        self._on_part(Part(name, address))
 
 
 def write_settings(directory: Path, settings: Mapping[str, str]) -> Path:
