@@ -274,7 +274,8 @@ def register_winner(
 
     Args:
         reference: `name` or `name@alias` of the new version.
-        retrain: False: it is registered as its trial's last epoch left it.
+        retrain: False: it is registered as its trial's last epoch left it. So is, in any case, the best of a population: its
+            values changed on the way, and those that it ended with would not lead there.
 
     Raises:
         ConfigError: `reference` cannot be a model's name.
@@ -285,7 +286,8 @@ def register_winner(
 
     alias = reference.partition("@")[2]
     search = replace(search, job=winner_job(search.job, reference))
-    if not retrain:
+    assert search.job.tune is not None
+    if not retrain or search.job.tune.is_population:
         with connected(address):
             return register_trial(search, search.best, alias or None)
     run_name = f"{search.run_name}-winner"

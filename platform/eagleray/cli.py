@@ -334,7 +334,9 @@ def tune(
         if register is not None:
             version = api.register_winner(result, register, retrain=not as_is, on_epoch=on_epoch, on_message=_say)
             console.print(f"registered {version.reference} {' '.join('@' + alias for alias in version.aliases)}")
-    if version is None:
+    if version is None and job.tune is not None and job.tune.is_population:
+        console.print(f"keep the winner: eagleray tune {job_file} --resume {result.run_name} --register {job.name}", soft_wrap=True)
+    elif version is None:
         console.print(
             "train the winner: eagleray train "
             + str(job_file)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+import optuna
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 
@@ -135,3 +137,14 @@ def slow(
     num_classes: int, image_size: int, step_s: float, hold: str = "", eval_s: float = 0.0, eval_hold: str = "", log: str = ""
 ) -> torch.nn.Module:
     return _Slow(num_classes, step_s, hold, eval_s, eval_hold, log)
+
+
+def momentum_of_sgd(trial: optuna.Trial) -> dict[str, Any]:
+    """A space in which one optimizer alone has a momentum, and the weight decay follows from the learning rate."""
+    if trial.suggest_categorical("train.optimizer.name", ["sgd", "adamw"]) == "sgd":
+        trial.suggest_float("train.optimizer.momentum", 0.5, 0.9)
+    return {"train.optimizer.weight_decay": trial.params["train.optimizer.lr"] / 10}
+
+
+def impossible_space(trial: optuna.Trial) -> None:
+    trial.suggest_float("train.optimizer.momentun", 0.5, 0.9)

@@ -224,3 +224,16 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
     with pytest.raises(error, match=message):
         api.train(digits_job(shards, tmp_path, override), name="refused")
     assert not (tmp_path / "runs" / "refused").exists()
+
+
+def test_a_class_without_pictures_and_splits_of_other_classes_are_named(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    def parity(digit: int) -> str:
+        return "odd" if digit % 2 else "even"
+
+    few = write_digit_shards(tmp_path / "few", num_train=3)
+    with pytest.raises(DataError, match=r"data.train .*few/train.*: no picture of class '\d' \(\d empty classes\); add some or remove"):
+        api.train(digits_job(few, tmp_path), name="refused")
+    other = write_digit_shards(tmp_path / "other", class_of=parity)
+    with pytest.raises(DataError, match=r"data.val '.*other/val' has 2 classes, data.train .* has 10, or in another order; ingest both"):
+        api.train(digits_job(shards, tmp_path, f"data.val={other / 'val'}"), name="refused")
+    assert not (tmp_path / "runs" / "refused").exists()

@@ -25,8 +25,8 @@ from eagleray.cluster.connect import Connection
 from eagleray.config.load import dump_job, with_values
 from eagleray.config.schema import JobConfig, WorkspaceConfig
 from eagleray.errors import ConfigError, SearchError
-from eagleray.tuning.search import TrialResult, check_same_search
-from eagleray.tuning.search_space import check_space
+from eagleray.tuning.search import TrialResult, check_same_search, trial_job
+from eagleray.tuning.search_space import apply_values, check_space
 
 SEARCH = {
     "num_trials": 5,
@@ -132,6 +132,50 @@ def test_two_objectives_a_rule_and_an_end_without_progress(ray_cluster: Connecti
 
 
 @pytest.mark.slow
+def test_a_population_takes_over_the_best_weights_with_changed_values(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    """Two of four begin with a learning rate by which nothing is learned; room for two at a time."""
+    changes = {"num_trials": 4, "epochs": 4, "scheduler": {"name": "pbt", "grace_epochs": 1}, "max_concurrent": 2}
+    families = {"cnn": {"width": {"choice": [8]}}}
+    space = {"train.optimizer.lr": {"log_uniform": [1e-6, 1e-2]}}
+    result = api.tune(search_job(shards, tmp_path, **changes, families=families, space=space), name="population")
+    assert [(trial.status, trial.epochs, len(trial.curve)) for trial in result.trials] == [("finished", 4, 4)] * 4
+    study = optuna.load_study(study_name="population", storage=f"sqlite:///{tmp_path}/runs/population/study.db")
+    first = {row.params["train.optimizer.lr"] for row in study.trials}
+    last = {trial.values["train.optimizer.lr"] for trial in result.trials}
+    assert len(first) == 4 and last - first and all(1e-6 <= lr <= 1e-2 for lr in last)
+    for trial in result.trials:
+        job = apply_values(trial_job(result.job), trial.values)
+        groups = load_state(trial.checkpoint_uri)["optimizer"]["param_groups"]
+        assert {group["initial_lr"] for group in groups} == {job.train.optimizer.lr}, "it trains by the values that it tells of"
+    version = api.register_winner(result, "digits@challenger")
+    assert version.tags["run_name"] == f"population-{result.best.trial_id}", "as its trial left it"
+
+
+@pytest.mark.slow
+def test_a_space_by_a_function_with_what_serving_will_take_and_cost(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    changes = {
+        "num_trials": 3,
+        "epochs": 1,
+        "scheduler": None,
+        "families": {"cnn": {"width": {"choice": [8]}}},
+        "space_function": "models_for_tests:momentum_of_sgd",
+        "objectives": ["val_top1", "latency_p99_ms"],
+        "select": {"best": "val_top1", "where": {"usd_per_1000": {"max": 1.0}}},
+        "prices": {"cpu_hour": 0.05},
+    }
+    result = api.tune(search_job(shards, tmp_path, **changes), name="function")
+    for trial in result.trials:
+        assert ("train.optimizer.momentum" in trial.values) == (trial.values["train.optimizer.name"] == "sgd")
+        assert trial.values["train.optimizer.weight_decay"] == trial.values["train.optimizer.lr"] / 10
+        assert 0 < trial.metrics["latency_p50_ms"] <= trial.metrics["latency_p99_ms"] < 1000
+        assert 0 < trial.metrics["usd_per_1000"] < 1.0
+        assert trial.usd == pytest.approx(trial.seconds * 0.05 / 3600, rel=0.1), "one of the two CPUs"
+    assert result.job.train.optimizer.name == result.best.values["train.optimizer.name"]
+    study = optuna.load_study(study_name="function", storage=f"sqlite:///{tmp_path}/runs/function/study.db")
+    assert sorted(row.values[1] for row in study.trials) == sorted(trial.metrics["latency_p99_ms"] for trial in result.trials)
+
+
+@pytest.mark.slow
 def test_gpu_hours_without_a_gpu_are_refused(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(SearchError, match=r"tune.gpu_hours 2: the trials hold no GPU; give tune.time_budget_s"):
         api.tune(search_job(shards, tmp_path, gpu_hours=2), name="no-gpu")
@@ -146,6 +190,8 @@ def test_gpu_hours_without_a_gpu_are_refused(ray_cluster: Connection, shards: Pa
         ({"space": {"train.global_batch_size": {"choice": [32, 33]}}}, r"33 is not a multiple of data.lanes"),
         ({"num_workers": 3}, r"tune.num_workers: data.lanes 8 is not a multiple of train.num_workers 3"),
         ({"space": {"train.optimizer.lr": {"uniform": [-1.0, 0.2]}}}, r"tune.space.train.optimizer.lr: .*greater than 0"),
+        ({"space_function": "models_for_tests:impossible_space"}, r"tune.space_function 'models_.*momentun' \(did you mean 'momentum'\?\)"),
+        ({"space_function": "models_for_tests:nothing"}, r"tune.space_function 'models_for_tests:nothing'.* has no 'nothing'"),
     ],
 )
 def test_a_space_with_a_point_that_cannot_be_is_refused(changes: dict[str, object], message: str, shards: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"errors", "storage", "config"},
     "artifacts": {"errors", "storage", "config", "data", "models"},
     "training": {"errors", "placement", "storage", "config", "data", "models", "artifacts"},
-    "tuning": {"errors", "placement", "storage", "config", "data", "models", "artifacts", "training"},
+    "tuning": {"errors", "placement", "storage", "config", "data", "models", "artifacts", "training", "serving"},
     "serving": {"errors", "placement", "storage", "config", "artifacts", "models", "data", "ports"},
     "cluster": {"errors", "placement", "storage", "config", "models", "ports"},
 }

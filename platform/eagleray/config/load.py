@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -74,6 +76,22 @@ def with_values(job: JobConfig, values: dict[str, Any]) -> JobConfig:
 def dump_job(job: JobConfig) -> str:
     """Return the resolved job file, defaults included, as YAML."""
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_function(key: str, reference: str) -> Callable[..., Any]:
+    """Return the function that a job file names as `module:function` under `key`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module_name, _, function_name = reference.partition(":")
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key} '{reference}': {error}; is it on PYTHONPATH?") from None
+    except AttributeError:
+        raise ConfigError(f"{key} '{reference}': module '{module_name}' has no '{function_name}'") from None
+    return function
 
 
 def _read_mapping(path: str | Path, kind: str, remedy: str) -> dict[str, Any]:

@@ -522,19 +522,23 @@ class Distribution(Section):
         return self
 
 
-class AshaConfig(Section):
+class SchedulerConfig(Section):
     """Which trials are not worth going on with."""
 
-    name: Literal["asha", "pausing_asha"] = "asha"
+    name: Literal["asha", "pausing_asha", "hyperband", "median", "pbt"] = "asha"
     """`asha`: asynchronous successive halving (Li et al., 2018, arXiv:1810.05934) that stops a trial for good where it is not
     among the best as it comes to a rung; `pausing_asha`: as published, it pauses there, holds nothing, and goes on if it is
-    among the best later."""
+    among the best later. `hyperband`: the former with a share of the trials that are stopped later or never, where the first
+    epochs mislead (asynchronous HyperBand, ibid.; with TPE it is BOHB, Falkner et al., 2018, arXiv:1807.01774). `median`: stops a
+    trial whose best is worse than the median of the others' running means (Golovin et al., 2017, Google Vizier). `pbt`: stops
+    none; time and again the worst quarter go on from the weights of one of the best, with its values changed at random
+    (population-based training, Jaderberg et al., 2017, arXiv:1711.09846)."""
 
     grace_epochs: PositiveInt = 1
-    """No trial is stopped before this many epochs."""
+    """No trial is stopped before this many epochs; of `pbt`, the epochs between two exchanges."""
 
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """One in this many trials is kept at each rung."""
+    """One in this many trials is kept at each rung, where there are rungs."""
 
 
 OBJECTIVES: dict[str, Literal["max", "min"]] = {
@@ -543,9 +547,15 @@ OBJECTIVES: dict[str, Literal["max", "min"]] = {
     "val_loss": "min",
     "parameters": "min",
     "flops": "min",
+    "latency_p50_ms": "min",
+    "latency_p99_ms": "min",
+    "usd_per_1000": "min",
 }
-"""What a search can improve → its natural direction. Every trial reports all of them. The last two are the network's size:
-its parameters, and the floating-point operations of one picture's forward pass."""
+"""What a search can improve → its natural direction. `parameters` and `flops` are the network's size and the floating-point
+operations of one picture's forward pass. The last three are measured as the network would be served, where the search names one
+of them: milliseconds from an encoded picture to its answer, one at a time, and the cost of a thousand at full load."""
+
+SERVING_OBJECTIVES = ("latency_p50_ms", "latency_p99_ms", "usd_per_1000")
 
 
 def _known_objective(name: str) -> str:
@@ -575,11 +585,34 @@ class Bounds(Section):
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
 
+class Prices(Section):
+    """What a cluster's nodes cost in USD, broken down to what a worker holds of them."""
+
+    gpu_hour: Annotated[float, Field(ge=0.0)] = 0.0
+    """A node's price per hour over its GPUs."""
+
+    cpu_hour: Annotated[float, Field(ge=0.0)] = 0.0
+    """A node's price per hour over its CPUs, for nodes without GPUs."""
+
+
 class SelectConfig(Section):
     """Which trial wins: the best by one objective, of those within bounds on others."""
 
     best: Objective
     where: dict[Objective, Bounds] = {}
+
+
+MUTABLE = (
+    "train.optimizer.",
+    "train.label_smoothing",
+    "train.mixup_alpha",
+    "train.cutmix_alpha",
+    "train.grad_clip_norm",
+    "data.augment.",
+)
+"""Keys, or beginnings of keys, that may change from one epoch to the next."""
+
+FIXED = ("train.optimizer.name", "train.optimizer.nesterov")
 
 
 class SearchConfig(Section):
@@ -607,12 +640,19 @@ class SearchConfig(Section):
     gpu_hours: PositiveFloat | None = None
     """Hours of GPUs that all trials together may hold before the search ends with what it has; null: no limit."""
 
+    prices: Prices = Prices()
+    """By which each trial's cost is told."""
+
+    max_usd: PositiveFloat | None = None
+    """Cost of all trials together after which the search ends with what it has; null: no limit."""
+
     stop_without_progress: PositiveInt | None = None
     """Trials in a row, as they began, that may end without a new best by the first objective; null: any number."""
 
-    sampler: Literal["auto", "tpe", "gp", "nsga2", "nsga3", "random", "grid"] = "auto"
-    """TPE (multivariate, grouped: for conditional spaces), a Gaussian process, evolution (for several objectives), chance, or every
-    point once, in random order (choices and integers only). `auto`: the Gaussian process where there is one objective and one
+    sampler: Literal["auto", "tpe", "gp", "cmaes", "nsga2", "nsga3", "random", "grid"] = "auto"
+    """TPE (multivariate, grouped: for conditional spaces), a Gaussian process, CMA-ES (one objective, one family, ranges of numbers
+    only; for hundreds of trials), evolution (for several objectives), chance, or every point once, in random order (choices and
+    integers only). `auto`: the Gaussian process where there is one objective and one
     family, every dimension is a number, and there are no constraints and at most 100 trials; else TPE."""
 
     max_concurrent: PositiveInt | None = None
@@ -620,6 +660,9 @@ class SearchConfig(Section):
 
     num_workers: PositiveInt = 1
     """Workers of each trial, each with its CPUs or its GPU, as `train.num_workers` of a run."""
+
+    trials_per_gpu: PositiveInt = 1
+    """Trials that share a GPU, and its memory, where each has one worker."""
 
     epochs: PositiveInt = 10
     """Epochs of a trial that is not stopped early."""
@@ -630,7 +673,11 @@ class SearchConfig(Section):
     space: dict[str, Distribution] = {}
     """Dotted key of the job file (`train.optimizer.lr`) → distribution."""
 
-    scheduler: AshaConfig | None = AshaConfig()
+    space_function: str | None = None
+    """`module:function` for what else depends on what: it gets each Optuna trial after `families` and `space`, suggests values
+    under dotted keys of the job file (`trial.suggest_float("train.optimizer.momentum", 0.8, 0.99)`), and may return more of them."""
+
+    scheduler: SchedulerConfig | None = SchedulerConfig()
     """null: every trial runs all its epochs."""
 
     storage: str | None = None
@@ -644,8 +691,62 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _first_objective_is_learned(self) -> SearchConfig:
-        if self.objectives[0] in ("parameters", "flops"):
+        if self.objectives[0] in ("parameters", "flops", *SERVING_OBJECTIVES):
             raise ValueError(f"objectives: {self.objectives[0]} cannot be the first one, by which trials are stopped; begin with val_top1")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_have_whole_gpus(self) -> SearchConfig:
+        if self.trials_per_gpu > 1 and self.num_workers > 1:
+            raise ValueError(f"trials_per_gpu: {self.trials_per_gpu} needs num_workers: 1; NCCL has one worker to a GPU")
+        return self
+
+    @model_validator(mode="after")
+    def _population_can_change(self) -> SearchConfig:
+        if not self.is_population:
+            return self
+        if self.sampler not in ("auto", "random"):
+            raise ValueError(f"scheduler: pbt begins with random values and changes them; give sampler: auto, not {self.sampler}")
+        if self.num_trials < 4:
+            raise ValueError(f"num_trials {self.num_trials}: scheduler pbt replaces a quarter of the trials; give 4 or more")
+        if not self.mutable:
+            raise ValueError(f"space: scheduler pbt can change none of its keys within a run; it can those of {', '.join(MUTABLE)}")
+        return self
+
+    @property
+    def is_population(self) -> bool:
+        return self.scheduler is not None and self.scheduler.name == "pbt"
+
+    @property
+    def mutable(self) -> dict[str, Distribution]:
+        """What may change within a run."""
+        return {key: d for key, d in self.space.items() if key.startswith(MUTABLE) and key not in FIXED}
+
+    @property
+    def measures_serving(self) -> bool:
+        rule = self.select or SelectConfig(best=self.objectives[0])
+        return not {*self.objectives, rule.best, *rule.where}.isdisjoint(SERVING_OBJECTIVES)
+
+    @model_validator(mode="after")
+    def _cma_es_has_numbers(self) -> SearchConfig:
+        if self.sampler != "cmaes":
+            return self
+        (_, parameters), *others = self.families.items()
+        choice = next((key for key, d in (self.space | parameters).items() if d.choice is not None), None)
+        if others or choice is not None or len(self.objectives) > 1:
+            found = (
+                f"'{choice}' is a choice" if choice else f"'{others[0][0]}' is another family" if others else "there are several objectives"
+            )
+            raise ValueError(f"sampler: cmaes takes one objective, one family and ranges of numbers, and {found}; take tpe")
+        return self
+
+    @model_validator(mode="after")
+    def _money_has_prices(self) -> SearchConfig:
+        if self.max_usd is not None and not (self.prices.gpu_hour or self.prices.cpu_hour):
+            raise ValueError("max_usd needs prices: {gpu_hour: …, cpu_hour: …}, in USD")
+        rule = self.select or SelectConfig(best=self.objectives[0])
+        if "usd_per_1000" in {*self.objectives, rule.best, *rule.where} and not self.prices.cpu_hour:
+            raise ValueError("usd_per_1000 needs prices: {cpu_hour: …}, in USD")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,6 @@ Names: `cnn`, `resnet_cifar`, `vgg_cifar` (here), every torchvision classifier, 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eagleray.config.load import load_function
 from eagleray.config.schema import ModelConfig
 from eagleray.errors import ConfigError, near_miss
 from eagleray.models.blur import add_blur
@@ -160,7 +160,7 @@ def check_input(config: ModelConfig, num_classes: int, image_size: int, key: str
 
 def _builder(name: str, image_size: int) -> Callable[..., nn.Module]:
     if ":" in name:
-        return partial(_user_function(name), image_size=image_size)
+        return partial(load_function("model.name", name), image_size=image_size)
     if name in _OWN:
         return _OWN[name]
     if name not in _torchvision_names():
@@ -183,17 +183,6 @@ def _torchvision_names() -> list[str]:
     from torchvision import models
 
     return list(models.list_models(module=models))
-
-
-def _user_function(name: str) -> Callable[..., nn.Module]:
-    module_name, _, function_name = name.partition(":")
-    try:
-        function: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), function_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"model.name '{name}': {error}; is it on PYTHONPATH?") from None
-    except AttributeError:
-        raise ConfigError(f"model.name '{name}': module '{module_name}' has no '{function_name}'") from None
-    return function
 
 
 def _check_options(config: ModelConfig, builder: Callable[..., nn.Module]) -> None:

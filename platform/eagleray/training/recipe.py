@@ -75,6 +75,24 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, epo
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, epochs, steps_per_epoch, config))
 
 
+def with_hyperparameters(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of a run, as the training loop saves it, for a run with other hyperparameters.
+
+    Args:
+        optimizer: of the same network with those hyperparameters, at its peak learning rate.
+    """
+    groups = []
+    for group, own, base in zip(state["optimizer"]["param_groups"], optimizer.param_groups, state["schedule"]["base_lrs"], strict=True):
+        settings = {key: value for key, value in own.items() if key != "params"}
+        groups.append({**group, **settings, "lr": own["lr"] * group["lr"] / base, "initial_lr": own["lr"]})
+    rates = {"base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups]}
+    return {
+        **state,
+        "optimizer": {**state["optimizer"], "param_groups": groups},
+        "schedule": {**state["schedule"], **rates},
+    }
+
+
 def learning_rate(schedule: LambdaLR, step: int) -> float:
     """Return the learning rate of a step of the run, the highest of the parameter groups."""
     return float(max(schedule.base_lrs) * schedule.lr_lambdas[0](step))

@@ -20,6 +20,11 @@ class WorkerResources:
     train_decode: DecodeResources
     eval_decode: DecodeResources
 
+    @property
+    def all_cpus(self) -> float:
+        """Its own, and those of its decoding."""
+        return self.cpus + sum(decode.tasks * decode.cpus for decode in (self.train_decode, self.eval_decode))
+
 
 def validates_beside(train: TrainingConfig, free: dict[str, float]) -> bool:
     """Return whether a run has a share of the cluster for validation, besides those of its workers.

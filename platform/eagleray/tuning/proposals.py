@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -150,34 +150,33 @@ def add_earlier_trials(study: optuna.Study, earlier: Iterable[optuna.Study]) -> 
 
 def build_sampler(search: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
     """Return what proposes the next point; see `tune.sampler`."""
+    samplers: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+        "tpe": partial(optuna.samplers.TPESampler, multivariate=True, group=True),  # grouping is what conditional spaces need
+        "gp": optuna.samplers.GPSampler,
+        "cmaes": partial(optuna.samplers.CmaEsSampler, warn_independent_sampling=False),
+        "nsga2": optuna.samplers.NSGAIISampler,
+        "nsga3": optuna.samplers.NSGAIIISampler,
+        "random": optuna.samplers.RandomSampler,
+        "grid": optuna.samplers.BruteForceSampler,
+    }
+    name = search.sampler if search.sampler != "auto" else fitting_sampler(search)[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # grouping is what conditional spaces need
-        match search.sampler if search.sampler != "auto" else fitting_sampler(search)[0]:
-            case "gp":
-                return optuna.samplers.GPSampler(seed=seed)
-            case "nsga2":
-                return optuna.samplers.NSGAIISampler(seed=seed)
-            case "nsga3":
-                return optuna.samplers.NSGAIIISampler(seed=seed)
-            case "random":
-                return optuna.samplers.RandomSampler(seed=seed)
-            case "grid":
-                return optuna.samplers.BruteForceSampler(seed=seed)
-            case _:
-                return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return samplers[name](seed=seed)
 
 
 def fitting_sampler(search: SearchConfig) -> tuple[str, str]:
     """Return the sampler that `auto` stands for, and why."""
+    if search.is_population:
+        return "random", "a population begins anywhere"
     dimensions = [*search.space.values(), *(dimension for family in search.families.values() for dimension in family.values())]
-    if len(search.objectives) > 1:
-        return "tpe", f"there are {len(search.objectives)} objectives"
-    if len(search.families) > 1:
-        return "tpe", f"there are {len(search.families)} families, each with parameters of its own"
-    if any(dimension.choice is not None for dimension in dimensions):
-        return "tpe", "some dimensions are choices"
-    if search.constraints:
-        return "tpe", "there are constraints"
-    if search.num_trials > MAX_GP_TRIALS:
-        return "tpe", f"there are more than {MAX_GP_TRIALS} trials"
-    return "gp", "one objective, one family, and every dimension is a number"
+    obstacles = {
+        f"there are {len(search.objectives)} objectives": len(search.objectives) > 1,
+        f"there are {len(search.families)} families, each with parameters of its own": len(search.families) > 1,
+        "the space is a function": search.space_function is not None,
+        "some dimensions are choices": any(dimension.choice is not None for dimension in dimensions),
+        "there are constraints": bool(search.constraints),
+        f"there are more than {MAX_GP_TRIALS} trials": search.num_trials > MAX_GP_TRIALS,
+    }
+    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+    return ("tpe", obstacle) if obstacle else ("gp", "one objective, one family, and every dimension is a number")

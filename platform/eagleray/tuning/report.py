@@ -76,9 +76,15 @@ def _summary(trials: list[TrialResult]) -> str:
     wasted = sum(trial.seconds for trial in trials if trial.status in ("stopped", "failed"))
     told = [f"{count} {status}" for status, count in counts.items() if count]
     best = max(trials, key=lambda trial: trial.val_top1, default=None)
+    usd = sum(trial.usd for trial in trials)
     lines = [f"{len(trials)} trials: {', '.join(told)}; {seconds:,.0f} s of trials, {wasted:,.0f} s of them on stopped and failed ones."]
     if best is not None and math.isfinite(best.val_top1):
         values = ", ".join(f"{key} = {value}" for key, value in best.values.items())
+        if usd:
+            first = next(trial.val_top1 for trial in trials if math.isfinite(trial.val_top1))
+            gained = 100 * (best.val_top1 - first)
+            per_point = f"; {usd / gained:,.2f} USD for each of the {gained:.2f} points gained over the first trial" if gained else ""
+            lines.append(f"Cost: {usd:,.2f} USD{per_point}.")
         lines.append(f"Best: trial {best.trial_id}, {100 * best.val_top1:.2f} % {METRIC}, with {values}.")
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
@@ -126,11 +132,12 @@ def _spent(trials: list[TrialResult]) -> go.Figure:
 
 def _table(trials: list[TrialResult]) -> str:
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("trial", METRIC, "status", "epochs", "seconds", *keys, "reason"))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("trial", METRIC, "status", "epochs", "seconds", "USD", *keys, "reason"))
     rows = []
     for trial in sorted(trials, key=lambda trial: -trial.val_top1):
         best = f"{100 * trial.val_top1:.2f} %" if math.isfinite(trial.val_top1) else ""
-        numbers = "".join(f'<td class="number">{text}</td>' for text in (best, trial.status, trial.epochs, f"{trial.seconds:.1f}"))
+        usd = f"{trial.usd:.2f}" if trial.usd else ""
+        numbers = "".join(f'<td class="number">{text}</td>' for text in (best, trial.status, trial.epochs, f"{trial.seconds:.1f}", usd))
         values = "".join(f"<td>{html.escape(str(trial.values.get(key, '')))}</td>" for key in keys)
         rows.append(f"<tr><td>{trial.trial_id}</td>{numbers}{values}<td>{html.escape(trial.reason)}</td></tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

@@ -1,16 +1,121 @@
-"""Which trials go on: successive halving that pauses rather than kills."""
+"""Which trials go on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 
-from eagleray.config.schema import AshaConfig
+from eagleray.config.schema import OBJECTIVES, Distribution, SchedulerConfig, SearchConfig
 
 PAUSED = "is_paused"
 """Key of a result after which its trial has paused; whoever proposes trials sees it."""
+
+
+def build_scheduler(search: SearchConfig, max_running: int) -> TrialScheduler:
+    """Return what stops trials; see `tune.scheduler`."""
+    config, objective, max_epochs = search.scheduler, search.objectives[0], search.epochs
+    if config is None:
+        return FIFOScheduler()
+    mode, grace = OBJECTIVES[objective], min(config.grace_epochs, max_epochs)
+    match config.name:
+        case "pausing_asha":
+            return PausingAsha(config, objective, mode, max_epochs)
+        case "median":
+            return MedianStopping(metric=objective, mode=mode, grace_period=grace)
+        case "pbt":
+            return Population(search.mutable, objective, mode, grace, max_running)
+        case _:
+            return AsyncHyperBandScheduler(
+                metric=objective,
+                mode=mode,
+                max_t=max_epochs,
+                grace_period=grace,
+                reduction_factor=config.reduction_factor,
+                # Each begins to stop a rung later than the one before; the last stops none.
+                brackets=1 + len(rungs(config, max_epochs)) if config.name == "hyperband" else 1,
+            )
+
+
+def rungs(config: SchedulerConfig, max_epochs: int) -> list[int]:
+    """Return the epochs after which trials are compared."""
+    found, epochs = [], config.grace_epochs
+    while epochs < max_epochs:
+        found.append(epochs)
+        epochs *= config.reduction_factor
+    return found
+
+
+class MedianStopping(MedianStoppingRule):
+    """Ray's rule, but that trials go on where there are too few to be compared with; Ray's would pause them for others."""
+
+    def __init__(self, metric: str, mode: str, grace_period: int) -> None:
+        super().__init__(time_attr="training_iteration", metric=metric, mode=mode, grace_period=grace_period)
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
+        return str(TrialScheduler.CONTINUE)
+
+
+class Population(PopulationBasedTraining):
+    """Population-based training (Jaderberg et al. 2017, arXiv:1711.09846), which waits for all of the population at each exchange.
+
+    Ray's own refuses to begin with what a search algorithm proposes, and lets values leave their ranges.
+    """
+
+    def __init__(self, mutable: Mapping[str, Distribution], metric: str, mode: str, interval: int, max_running: int) -> None:
+        super().__init__(
+            time_attr="training_iteration",
+            metric=metric,
+            mode=mode,
+            perturbation_interval=interval,
+            hyperparam_mutations={key: _mutation(distribution) for key, distribution in mutable.items()},
+            custom_explore_fn=partial(_within, mutable),
+            log_config=False,
+            synch=True,
+        )
+        self._max_running = max_running
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        if sum(trial.status == Trial.RUNNING for trial in tune_controller.get_trials()) >= self._max_running:
+            return None
+        chosen: Trial | None = super().choose_trial_to_run(tune_controller)
+        return chosen
+
+
+def _mutation(distribution: Distribution) -> Any:
+    """Return what Ray draws a new value from; of choices it goes to a neighbour, too."""
+    if distribution.choice is not None:
+        return distribution.choice
+    if distribution.uniform is not None:
+        return tune.uniform(*distribution.uniform)
+    if distribution.log_uniform is not None:
+        return tune.loguniform(*distribution.log_uniform)
+    assert distribution.integer is not None
+    low, high = distribution.integer
+    return tune.randint(low, high + 1)
+
+
+def _within(mutable: Mapping[str, Distribution], values: dict[str, Any]) -> dict[str, Any]:
+    """Return values that were changed, brought back into their ranges."""
+    for key, distribution in mutable.items():
+        bounds = distribution.uniform or distribution.log_uniform or distribution.integer
+        if bounds is not None:
+            values[key] = type(bounds[0])(min(max(values[key], bounds[0]), bounds[1]))
+    return values
 
 
 class PausingAsha(FIFOScheduler):
@@ -22,16 +127,12 @@ class PausingAsha(FIFOScheduler):
     pause end; if none has come to its last epoch by then, the best of the highest rung goes on first.
     """
 
-    def __init__(self, config: AshaConfig, metric: str, mode: str, max_epochs: int) -> None:
+    def __init__(self, config: SchedulerConfig, metric: str, mode: str, max_epochs: int) -> None:
         super().__init__()
         self._metric = metric
         self._sign = 1.0 if mode == "max" else -1.0
         self._factor = config.reduction_factor
-        self._rungs: list[int] = []
-        epochs = config.grace_epochs
-        while epochs < max_epochs:
-            self._rungs.append(epochs)
-            epochs *= config.reduction_factor
+        self._rungs = rungs(config, max_epochs)
         self._scores: list[dict[str, float]] = [{} for _ in self._rungs]
         self._promoted: list[set[str]] = [set() for _ in self._rungs]
         self._chosen: set[str] = set()

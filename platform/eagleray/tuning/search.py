@@ -1,4 +1,4 @@
-"""A search: which trials to run (Optuna), which to stop early (ASHA), and what came of it."""
+"""A search: which trials to run (Optuna), which to stop early (Ray Tune), and what came of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import optuna
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from eagleray import storage
 from eagleray.artifacts.runs import load_run_job
@@ -26,7 +25,7 @@ from eagleray.errors import ConfigError, SearchError
 from eagleray.placement import cluster_for, on_group
 from eagleray.training.resources import WorkerResources, share_resources
 from eagleray.tuning.proposals import MAX_REFUSED, Proposer, add_earlier_trials, fitting_sampler
-from eagleray.tuning.scheduler import PausingAsha
+from eagleray.tuning.scheduler import build_scheduler
 from eagleray.tuning.search_space import FAMILY, apply_values
 from eagleray.tuning.study import close_lost_trials, open_studies, study_url
 from eagleray.tuning.trial import TrainingTrial
@@ -59,6 +58,8 @@ class TrialResult:
     """The first objective after each epoch."""
     gpu_seconds: float = 0.0
     """`seconds` times the GPUs that it held."""
+    usd: float = 0.0
+    """What that, and its CPUs, cost by `tune.prices`."""
     train_s: float = 0.0
     """Seconds of its epochs, validation included, from the first batch of each; what is left of `seconds` is overhead."""
 
@@ -100,17 +101,21 @@ def run_search(
     search = job.tune
     assert search is not None
     cluster = cluster_for(min(search.max_concurrent or search.num_trials, search.num_trials) * search.num_workers, job.train.use_gpu)
-    places = int(cluster.get("GPU", 0) or cluster.get("CPU", 1))
+    cluster["GPU"] = cluster.get("GPU", 0) * search.trials_per_gpu
+    places = int(cluster["GPU"] or cluster.get("CPU", 1))
     concurrent = min(search.max_concurrent or max(1, places // search.num_workers), search.num_trials)
     resources = share_resources(cluster, concurrent * search.num_workers, job.train.use_gpu)
+    resources = replace(resources, gpus=resources.gpus / search.trials_per_gpu)
+    # All of a population begin before any of them is compared; those that have no room wait.
+    population = search.num_trials if search.is_population else concurrent
     if search.gpu_hours is not None and not resources.gpus:
         raise SearchError(f"tune.gpu_hours {search.gpu_hours:g}: the trials hold no GPU; give tune.time_budget_s, or a cluster with GPUs")
     studies = open_studies(study_url(job, run_name), on_message)
     run_uri = storage.join(job.workspace.runs_uri, run_name)
 
-    table = _TrialTable(on_trial, storage.join(run_uri, TRIALS_NAME), search, resources.gpus * search.num_workers)
+    table = _TrialTable(on_trial, storage.join(run_uri, TRIALS_NAME), search, resources)
     filesystem, runs_path = storage.open_uri(job.workspace.runs_uri)
-    proposer = Proposer(job, len(load_training_set(job.data).classes), concurrent, run_name, studies, is_new=not resume)
+    proposer = Proposer(job, len(load_training_set(job.data).classes), population, run_name, studies, is_new=not resume)
     if not resume:
         _warm_start(job, proposer, on_message)
     if search.sampler == "auto":
@@ -120,13 +125,13 @@ def run_search(
         _placement(resources, search.num_workers),
     )
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(population)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             num_samples=search.num_trials,
             search_alg=proposer,
-            scheduler=_scheduler(search),
+            scheduler=build_scheduler(search, concurrent),
             reuse_actors=True,
             time_budget_s=search.time_budget_s,
         ),
@@ -134,8 +139,10 @@ def run_search(
             name=run_name,
             storage_path=runs_path,
             storage_filesystem=filesystem,
-            # Two, as the newest may be newer than the last snapshot.
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=2, checkpoint_frequency=1, checkpoint_at_end=True),
+            # Two, as the newest may be newer than the last snapshot; of a population, others may go on from it meanwhile.
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=4 if search.is_population else 2, checkpoint_frequency=1, checkpoint_at_end=True
+            ),
             verbose=0,
             callbacks=[table],
             stop=table,
@@ -210,6 +217,18 @@ def is_stuck(trials: list[TrialResult], search: SearchConfig) -> bool:
     return limit is not None and len(merits) > limit and max(merits[-limit:]) <= max(merits[:-limit])
 
 
+def is_spent(trials: list[TrialResult], search: SearchConfig) -> bool:
+    """Tell whether trials have held as many GPU-hours, or cost as much, as they may."""
+    hours = sum(trial.gpu_seconds for trial in trials) / 3600
+    usd = sum(trial.usd for trial in trials)
+    return (search.gpu_hours is not None and hours > search.gpu_hours) or (search.max_usd is not None and usd > search.max_usd)
+
+
+def usd_per_hour(search: SearchConfig, resources: WorkerResources) -> float:
+    """Return the price of what a trial holds."""
+    return search.num_workers * (resources.gpus * search.prices.gpu_hour + resources.all_cpus * search.prices.cpu_hour)
+
+
 def _merit(objective: str, metrics: dict[str, float]) -> float:
     """Return a number that is the greater the better."""
     return metrics[objective] if OBJECTIVES[objective] == "max" else -metrics[objective]
@@ -245,21 +264,6 @@ def trial_job(job: JobConfig) -> JobConfig:
     return with_values(job, changes)
 
 
-def _scheduler(search: SearchConfig) -> TrialScheduler | None:
-    config, (metric, *_) = search.scheduler, search.objectives
-    if config is None:
-        return None
-    if config.name == "pausing_asha":
-        return PausingAsha(config, metric, OBJECTIVES[metric], search.epochs)
-    return AsyncHyperBandScheduler(
-        metric=metric,
-        mode=OBJECTIVES[metric],
-        max_t=search.epochs,
-        grace_period=min(config.grace_epochs, search.epochs),
-        reduction_factor=config.reduction_factor,
-    )
-
-
 def _check_failures(trials: list[TrialResult], search: SearchConfig, run_name: str, run_uri: str) -> None:
     """Raise SearchError where all trials have failed, or too many."""
     failed = [trial for trial in trials if trial.status == "failed"]
@@ -282,11 +286,12 @@ def _without_numbers(reason: str) -> str:
 class _TrialTable(tune.Callback, tune.Stopper):
     """Keeps one row per trial as Ray Tune reports, in a file too; ends a search as its failures and budgets say."""
 
-    def __init__(self, on_trial: Callable[[TrialResult], None], uri: str, search: SearchConfig, gpus: float) -> None:
+    def __init__(self, on_trial: Callable[[TrialResult], None], uri: str, search: SearchConfig, resources: WorkerResources) -> None:
         self._on_trial = on_trial
         self._uri = uri
         self._search = search
-        self._gpus = gpus
+        self._gpus = resources.gpus * search.num_workers
+        self._usd_per_s = usd_per_hour(search, resources) / 3600
         self._rows: dict[str, TrialResult] = {}
         self._started: dict[str, float] = {}
 
@@ -304,7 +309,7 @@ class _TrialTable(tune.Callback, tune.Stopper):
     def stop_all(self) -> bool:
         rows, search = list(self._rows.values()), self._search
         too_many_failed = sum(row.status == "failed" for row in rows) > search.max_failed_trials
-        too_dear = search.gpu_hours is not None and sum(row.gpu_seconds for row in rows) > 3600 * search.gpu_hours
+        too_dear = is_spent(rows, search)
         return too_many_failed or too_dear or is_stuck(rows, search)
 
     def load(self) -> None:
@@ -321,7 +326,8 @@ class _TrialTable(tune.Callback, tune.Stopper):
         self._update(trial, status="running")
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
-        row, metrics, first = self._row(trial), {name: float(result[name]) for name in OBJECTIVES}, self._search.objectives[0]
+        metrics = {name: float(result[name]) for name in OBJECTIVES if name in result}
+        row, first = self._row(trial), self._search.objectives[0]
         best = metrics if not row.metrics or _merit(first, metrics) > _merit(first, row.metrics) else row.metrics
         epochs = int(result["epoch"]) + 1  # one that a new driver is told of again takes its old place
         curve = [*row.curve[: epochs - 1], metrics[first]]
@@ -346,7 +352,14 @@ class _TrialTable(tune.Callback, tune.Stopper):
 
     def _update(self, trial: Trial, **changes: Any) -> None:
         seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
-        row = replace(self._row(trial), seconds=seconds, gpu_seconds=seconds * self._gpus, **changes)
+        row = replace(
+            self._row(trial),
+            values=dict(trial.config),
+            seconds=seconds,
+            gpu_seconds=seconds * self._gpus,
+            usd=seconds * self._usd_per_s,
+            **changes,
+        )
         self._rows[trial.trial_id] = row
         self.save(list(self._rows.values()))
         self._on_trial(row)

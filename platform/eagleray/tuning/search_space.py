@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 
-from eagleray.config.load import with_values
+from eagleray.config.load import load_function, with_values
 from eagleray.config.schema import Distribution, JobConfig, ModelConfig, SearchConfig
 from eagleray.errors import ConfigError
 from eagleray.models.zoo import check_model
@@ -19,13 +19,21 @@ from eagleray.models.zoo import check_model
 FAMILY = "model.name"
 
 
-def suggest_point(search: SearchConfig, trial: optuna.Trial) -> None:
-    """Ask an Optuna trial for every value of one point of the space."""
+CHECKED_POINTS = 20
+"""Points at random that a space given by a function is checked with."""
+
+
+def suggest_point(search: SearchConfig, trial: optuna.Trial) -> dict[str, Any] | None:
+    """Ask an Optuna trial for every value of one point of the space; return what a function of the user's adds."""
     family = trial.suggest_categorical(FAMILY, list(search.families))
     for key, distribution in search.families[family].items():
         _suggest(trial, f"{family}.{key}", distribution)
     for key, distribution in search.space.items():
         _suggest(trial, key, distribution)
+    if search.space_function is None:
+        return None
+    more: dict[str, Any] | None = load_function("tune.space_function", search.space_function)(trial)
+    return more
 
 
 def apply_values(job: JobConfig, values: dict[str, Any]) -> JobConfig:
@@ -37,7 +45,7 @@ def apply_values(job: JobConfig, values: dict[str, Any]) -> JobConfig:
     assert job.tune is not None
     family = values[FAMILY]
     params = {key: values[f"{family}.{key}"] for key in job.tune.families[family]}
-    shared = {key: values[key] for key in job.tune.space}
+    shared = {key: value for key, value in values.items() if key != FAMILY and not key.startswith(f"{family}.")}
     return with_values(job, {"model.name": family, "model.params": params, **shared})
 
 
@@ -68,6 +76,20 @@ def check_space(job: JobConfig) -> None:
         for value in _corners(distribution):
             for either in (job, trial):
                 _checked(f"tune.space.{key}", either, {key: value})
+    if job.tune.space_function is not None:
+        _check_function(job, job.tune)
+
+
+def _check_function(job: JobConfig, search: SearchConfig) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(CHECKED_POINTS):
+        trial = study.ask()
+        try:
+            more = suggest_point(search, trial)
+            apply_values(job, trial.params | (more or {}))
+        except Exception as error:  # of the user's code, too
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            raise ConfigError(f"tune.space_function '{search.space_function}' at {trial.params}: {kind}{error}") from error
 
 
 def _checked(what: str, job: JobConfig, values: dict[str, Any]) -> JobConfig:

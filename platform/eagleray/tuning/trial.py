@@ -26,8 +26,12 @@ from eagleray.config.schema import OBJECTIVES, JobConfig
 from eagleray.data.mixture import load_training_set
 from eagleray.errors import SearchError
 from eagleray.models.size import network_size
+from eagleray.models.zoo import build_model
+from eagleray.training.finetune import find_head, freeze_parts
 from eagleray.training.loop import Pause, Worker, train
+from eagleray.training.recipe import build_optimizer, with_hyperparameters
 from eagleray.training.resources import WorkerResources
+from eagleray.tuning.latency import measure_where_it_is_served
 from eagleray.tuning.search_space import apply_values
 
 GROUP_TIMEOUT = timedelta(minutes=10)
@@ -124,7 +128,7 @@ class TrainingTrial(ray.tune.Trainable):
             ray.get(ended)  # the first one to fail, of which the others only know that it is gone
             raise
         if end is not None:
-            self._state, self._metrics = end.state, end.metrics | self._size
+            self._state, self._metrics = end.state, end.metrics | self._network_figures
             check_objectives(self._metrics)
         # Else it was at its end already, and whoever it told of that has died since: it is told again.
         is_last_epoch = int(self._metrics["epoch"]) + 1 == self._job.train.epochs
@@ -135,6 +139,9 @@ class TrainingTrial(ray.tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         state = load_state(checkpoint)
+        assert self._job.tune is not None
+        if self._job.tune.is_population:  # it may be another trial's
+            state = with_hyperparameters(state, _fresh_optimizer(self._job, self._num_classes))
         self._state, self._metrics = lambda: state, state["metrics"]
         self._start_workers(state)
 
@@ -149,13 +156,24 @@ class TrainingTrial(ray.tune.Trainable):
 
     def _start(self, values: dict[str, Any]) -> None:
         self._job = job = apply_values(self._search_job, values)
-        self._size = asdict(network_size(job.model, len(load_training_set(job.data).classes), job.data.image_size))
+        classes = load_training_set(job.data).classes
+        self._num_classes = len(classes)
+        self._network_figures = asdict(network_size(job.model, len(classes), job.data.image_size))
+        assert job.tune is not None
+        if job.tune.measures_serving:
+            self._network_figures |= measure_where_it_is_served(job, classes)
         self._start_workers(None)
 
     def _start_workers(self, state: dict[str, Any] | None) -> None:
         others = [peer.start.remote(self._job, state) for peer in self._peers]
         self._worker.start(self._job, state)
         ray.get(others)
+
+
+def _fresh_optimizer(job: JobConfig, num_classes: int) -> torch.optim.Optimizer:
+    model = build_model(job.model, num_classes, job.data.image_size)
+    freeze_parts(model, job.train.finetune.freeze)
+    return build_optimizer(model, job.train, find_head(job, num_classes))
 
 
 def _start_peer(rank: int, world_size: int, resources: WorkerResources) -> Any:
@@ -171,7 +189,7 @@ def check_objectives(metrics: dict[str, float]) -> None:
         SearchError: an objective is not a finite number.
     """
     for name in OBJECTIVES:
-        if not math.isfinite(metrics[name]):
+        if name in metrics and not math.isfinite(metrics[name]):
             raise SearchError(
                 f"{name} is {metrics[name]} after epoch {int(metrics['epoch']) + 1}, by which no trial can be compared; "
                 "narrow the range of train.optimizer.lr, or set train.grad_clip_norm"

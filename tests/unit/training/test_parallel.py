@@ -17,7 +17,7 @@ from eagleray.artifacts.checkpoint import SHARDS_NAME
 from eagleray.config.schema import ModelConfig, TrainingConfig
 from eagleray.errors import TrainingError
 from eagleray.models.zoo import build_model
-from eagleray.training.parallel import clip_gradients, gradient_sync, model_state, place, replicate, restore_model
+from eagleray.training.parallel import clip_gradients, gradient_sync, model_state, place, replicate, restore_model, with_sync_batch_norm
 from eagleray.training.recipe import build_ema, build_optimizer
 
 DEVICE = torch.device("cpu")
@@ -50,6 +50,16 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
     for one, other in zip(kept.parameters(), dropped.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None
         assert torch.equal(one.grad, other.grad)
+
+
+def test_batch_norm_over_all_workers_is_of_every_layer() -> None:
+    """On a GPU every batch norm is exchanged, and keeps its name and weights."""
+    asked = config_of(sync_batch_norm=True)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in with_sync_batch_norm(build(), config_of(), DEVICE).modules())
+    changed = with_sync_batch_norm(build(), asked, torch.device("cuda"))
+    norms = [module for module in changed.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(module, nn.SyncBatchNorm) for module in norms)
+    assert list(changed.state_dict()) == list(build().state_dict())
 
 
 DEBUG_MALLOC = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")

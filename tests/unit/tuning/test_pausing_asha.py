@@ -10,11 +10,11 @@ import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from eagleray.config.schema import AshaConfig
+from eagleray.config.schema import SchedulerConfig
 from eagleray.tuning.scheduler import PAUSED, PausingAsha
 
 MAX_EPOCHS = 9
-CONFIG = AshaConfig(name="pausing_asha", grace_epochs=1, reduction_factor=3)
+CONFIG = SchedulerConfig(name="pausing_asha", grace_epochs=1, reduction_factor=3)
 
 
 @dataclass

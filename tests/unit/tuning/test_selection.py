@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from eagleray.config.load import build_section
 from eagleray.config.schema import SearchConfig
+from eagleray.data.stream import DecodeResources
 from eagleray.errors import ConfigError, SearchError
-from eagleray.tuning.search import TrialResult, is_stuck, select_best
+from eagleray.training.resources import WorkerResources
+from eagleray.tuning.search import TrialResult, is_spent, is_stuck, select_best, usd_per_hour
 from eagleray.tuning.trial import check_objectives
 
 
@@ -69,6 +72,16 @@ def test_a_search_is_stuck_once_that_many_trials_have_brought_no_new_best() -> N
     assert not is_stuck([trial("a", 0.5, 0.3), trial("b", 0.5, 0.4), trial("c", 0.5, 0.2)], two)
     assert not is_stuck([trial("a", 0.5, 0.3), trial("b", 0.5, 0.4), trial("c", 0.5, 0.4, "running")], two)
     assert not is_stuck([trial("a", 0.5, 0.3), *(trial("b", 0.5, 0.4) for _ in range(9))], search())
+
+
+def test_a_budget_of_money_or_of_gpu_hours_is_spent_by_what_trials_hold() -> None:
+    held = WorkerResources(cpus=1.0, gpus=0.5, threads=1, train_decode=DecodeResources(3, 0.5), eval_decode=DecodeResources(1, 0.5))
+    two = search(num_workers=2, prices={"gpu_hour": 2.0, "cpu_hour": 0.1}, max_usd=1.0, gpu_hours=3)
+    assert usd_per_hour(two, held) == pytest.approx(2 * (0.5 * 2.0 + 3.0 * 0.1))
+    rows = [replace(TRIALS[0], usd=0.6, gpu_seconds=3600.0), replace(TRIALS[1], usd=0.3, gpu_seconds=3600.0)]
+    assert not is_spent(rows, two) and not is_spent(rows, search())
+    assert is_spent([*rows, replace(TRIALS[2], usd=0.2)], two)
+    assert is_spent([*rows, replace(TRIALS[2], gpu_seconds=4000.0)], two)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
