@@ -13,6 +13,8 @@ import itertools
 import json
 import statistics
 import sys
+import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ import optuna
 import torch
 from jobs.benchmarks import harness
 from jobs.benchmarks.harness import Report, console
+from jobs.benchmarks.systems.protocol import rotated
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from sklearn.datasets import load_digits
 
 from eagleray.config.load import build_job
@@ -31,7 +34,7 @@ from eagleray.config.schema import JobConfig
 from eagleray.models.zoo import CNN
 from eagleray.training.recipe import build_optimizer
 from eagleray.tuning.proposals import Proposer
-from eagleray.tuning.scheduler import PausingAsha
+from eagleray.tuning.scheduler import build_scheduler
 
 TABLE = Path(__file__).parent / "tables" / "digits.json.gz"
 EPOCHS = 9
@@ -98,7 +101,7 @@ def _job(values: dict[str, Any] | None = None, **tune: Any) -> JobConfig:
     return build_job(document, settings)
 
 
-@dataclass
+@dataclass(eq=False)
 class TableTrial:
     trial_id: str
     curve: list[float]
@@ -168,13 +171,9 @@ class TableSearch:
 
 
 def _scheduler(name: str) -> TrialScheduler:
-    if name == "none":
-        return FIFOScheduler()
-    if name == "pausing_asha":
-        config = _job(scheduler={"name": name, "grace_epochs": 1, "reduction_factor": 3}).tune
-        assert config is not None and config.scheduler is not None
-        return PausingAsha(config.scheduler, "val_top1", "max", EPOCHS)
-    return AsyncHyperBandScheduler(metric="val_top1", mode="max", max_t=EPOCHS, grace_period=1, reduction_factor=3)
+    config = _job(scheduler=None if name == "none" else {"name": name}).tune
+    assert config is not None
+    return build_scheduler(config, SLOTS)
 
 
 def measure_quality(report: Report, seeds: int) -> None:
@@ -188,6 +187,8 @@ def measure_quality(report: Report, seeds: int) -> None:
         "tpe": ("tpe", "none"),
         "tpe, asha": ("tpe", "asha"),
         "tpe, pausing_asha": ("tpe", "pausing_asha"),
+        "tpe, hyperband": ("tpe", "hyperband"),
+        "tpe, median": ("tpe", "median"),
     }
     halfway: dict[str, list[float]] = {}
     for system, (sampler, scheduler) in systems.items():
@@ -251,9 +252,56 @@ def measure_overhead(report: Report, rounds: int) -> None:
         report.judge(f"overhead per trial, {workers} worker(s)", f"under {goal:g} s", f"{measured:.2f} s", measured < goal)
 
 
+SEARCHES = ("eagleray", "Optuna", "Optuna, n_jobs=2", "Ray Tune, Optuna and ASHA")
+SEARCH_TRIALS, SEARCH_EPOCHS = 24, 9
+TARGET = 0.985
+SPEED_GOAL = 1.5
+
+
+def measure_speed(report: Report, seeds: int) -> None:
+    """Compare the time until a search sees a given accuracy, with the same budget of trials, on two cores; systems take turns."""
+    seconds: dict[str, list[float]] = {system: [] for system in SEARCHES}
+    totals: dict[str, list[float]] = {system: [] for system in SEARCHES}
+    missed: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        harness.run(sys.executable, "jobs.benchmarks.systems.searches", "write", folder)
+        numbers = [str(number) for number in (SEARCH_TRIALS, SEARCH_EPOCHS, TARGET)]
+        for seed in range(seeds):
+            for system in rotated(list(SEARCHES), seed):
+                try:
+                    result = harness.run(sys.executable, "jobs.benchmarks.systems.searches", system, folder, str(seed), *numbers)
+                except harness.TurnError as error:
+                    report.add("time to accuracy", system=system, note=str(error))
+                    continue
+                missed[system] += result["seconds"] is None
+                # One that never gets there counts with all its time, which is kind to it.
+                seconds[system].append(result["seconds"] or result["total"])
+                totals[system].append(result["total"])
+                console.print(f"{system}, seed {seed}: {seconds[system][-1]:.1f} of {result['total']:.1f} s, best {result['best']:.4f}")
+    ours = statistics.mean(seconds["eagleray"])
+    for system in SEARCHES:
+        if seconds[system]:
+            report.add(
+                "time to accuracy",
+                system=system,
+                seconds=statistics.mean(seconds[system]),
+                least=min(seconds[system]),
+                most=max(seconds[system]),
+                to_ours=statistics.mean(seconds[system]) / ours,
+                whole_search=statistics.mean(totals[system]),
+                never=missed[system],
+            )
+    peers = {system: statistics.mean(seconds[system]) for system in SEARCHES[1:] if seconds[system]}
+    best = min(peers, key=lambda system: peers[system])
+    ratio = peers[best] / ours
+    report.judge(
+        f"time to {100 * TARGET:g} % against the best peer", f"{SPEED_GOAL:g} × as fast", f"{ratio:.2f} × {best}", ratio >= SPEED_GOAL
+    )
+
+
 def main() -> None:
-    parser = harness.parser("tune", __doc__, quick="five seeds instead of twenty, one round instead of three")
-    parser.add_argument("--only", choices=["quality", "overhead"])
+    parser = harness.parser("tune", __doc__, quick="five seeds instead of twenty, one round or seed of the others")
+    parser.add_argument("--only", choices=["quality", "overhead", "speed"])
     parser.add_argument("--make-table", action="store_true", help="compute the table of trained configurations anew")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -261,10 +309,12 @@ def main() -> None:
         make_table()
         return
     report = Report()
-    if arguments.only != "overhead":
+    if arguments.only in (None, "quality"):
         measure_quality(report, 5 if arguments.quick else 20)
-    if arguments.only != "quality":
+    if arguments.only in (None, "overhead"):
         measure_overhead(report, 1 if arguments.quick else 3)
+    if arguments.only in (None, "speed"):
+        measure_speed(report, 1 if arguments.quick else 5)
     report.print()
     if arguments.json is not None:
         report.write(arguments.json)
