@@ -27,6 +27,11 @@ from eagleray.cluster.connect import prepare_environment
 from eagleray.errors import ConfigError, EagleRayError, Interrupted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import RenderableType
+
+    from eagleray.cluster.state import ClusterStatus
     from eagleray.config.schema import SearchConfig, WorkspaceConfig
 
 HELP = "From raw pictures to a served, A/B-tested image classifier on one Ray cluster, from one job file."
@@ -67,6 +72,7 @@ ServeAddress = Annotated[
 JobsAddress = Annotated[
     str, typer.Option("--address", help="Ray's job server: http://head:8265.", envvar="EAGLERAY_JOBS_ADDRESS", show_default=False)
 ]
+Watch = Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")]
 RunName = Annotated[str | None, typer.Option("--name", help="Name of the run; by default the job's name and the time.")]
 Keys = Annotated[str, typer.Option(help="Folder or s3:// URI of the keys, the endpoint's serve.keys_uri.", envvar="EAGLERAY_KEYS")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")]
@@ -75,6 +81,7 @@ TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow tracking URI; by default SQLite in the workspace.", envvar="MLFLOW_TRACKING_URI")
 ]
 DEFAULT_ROOT = "./eagleray"
+WATCH_S = 2.0
 CHECKED = "checked: "
 """How the line begins that a job prints once nothing is in the way of its work."""
 
@@ -916,14 +923,18 @@ def jobs_show(submission_id: Annotated[str, typer.Argument(help="Id of the job."
 
 
 @jobs_app.command("list")
-def jobs_list(address: JobsAddress) -> None:
+def jobs_list(address: JobsAddress, watch: Watch = False) -> None:
     """Jobs of a cluster, newest first."""
     from eagleray import api
 
-    table = _table("job", "status", "started", "entrypoint")
-    for job in api.list_jobs(address):
-        table.add_row(job.submission_id, job.status, f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else "", _escape(job.entrypoint))
-    console.print(table)
+    def jobs() -> Table:
+        table = _table("job", "status", "started", "entrypoint")
+        for job in api.list_jobs(address):
+            started = f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else ""
+            table.add_row(job.submission_id, job.status, started, _escape(job.entrypoint))
+        return table
+
+    _show(jobs, watch)
 
 
 @jobs_app.command("logs")
@@ -983,11 +994,14 @@ def cluster_local_up(
 
 
 @cluster_app.command("status")
-def cluster_status(address: JobsAddress) -> None:
+def cluster_status(address: JobsAddress, watch: Watch = False) -> None:
     """Nodes by group, what is used of them, running jobs, and what waits for room and why."""
     from eagleray import api
 
-    status = api.cluster_status(address)
+    _show(lambda: _status_of(api.cluster_status(address)), watch)
+
+
+def _status_of(status: ClusterStatus) -> Group:
     table = _table("group", "nodes", "CPUs in use", "GPUs in use")
     groups: dict[str, list[Any]] = {}
     for node in status.nodes:
@@ -996,18 +1010,24 @@ def cluster_status(address: JobsAddress) -> None:
         used = {kind: sum(status.used.get(node.node_id, {}).get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
         cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
         table.add_row(name, str(len(nodes)), f"{used['CPU']:g} of {cpus:g}", f"{used['GPU']:g} of {gpus:g}" if gpus else "")
-    console.print(table)
-    for kind in status.starting:
-        console.print(f"starting: {_escape(kind)}")
-    for failure in status.failed:
-        console.print(f"[red]failed:[/] {_escape(failure)}")
-    for job in status.jobs:
-        console.print(f"{job.status.lower()}: {job.submission_id} {job.verb} {_escape(job.run)}".rstrip())
+    lines = [f"starting: {_escape(kind)}" for kind in status.starting]
+    lines += [f"[red]failed:[/] {_escape(failure)}" for failure in status.failed]
+    lines += [f"{job.status.lower()}: {job.submission_id} {job.verb} {_escape(job.run)}".rstrip() for job in status.jobs]
     for demand in status.demands:
         wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in demand.resources.items())
-        console.print(f"pending: {demand.count} × ({wanted}): {demand.why}")
-    if not status.demands:
-        console.print("nothing waits for room")
+        lines.append(f"pending: {demand.count} × ({wanted}): {demand.why}")
+    return Group(table, *lines, *([] if status.demands else ["nothing waits for room"]))
+
+
+def _show(draw: Callable[[], RenderableType], watch: bool) -> None:
+    """Print something; with `watch`, again and again in its place until Ctrl-C."""
+    if not watch:
+        console.print(draw())
+        return
+    with suppress(KeyboardInterrupt), Live(draw(), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_S)
+            live.update(draw(), refresh=True)
 
 
 @cluster_app.command("cost")
