@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import ray
 from sklearn.datasets import load_digits
 
 from eagleray import storage
@@ -50,6 +51,13 @@ def write_digit_shards(
         manifest = Manifest(classes=classes, shards=[info], source="digits", split=split)
         storage.write_bytes(manifest_uri(uri), manifest.model_dump_json().encode())
     return root
+
+
+def log_names() -> set[str]:
+    """Return the names that workers of this process's cluster have given to what they write."""
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+    found = (line for path in folder.glob("worker-*.out") for line in path.read_text(errors="replace").splitlines())
+    return {line.removeprefix(":actor_name:") for line in found if line.startswith(":actor_name:")}
 
 
 def digits_job(shards: Path, root: Path | str, *overrides: str) -> JobConfig:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import S3Store
 from loop_for_tests import run
-from shards_for_tests import digits_job, write_digit_shards
+from shards_for_tests import digits_job, log_names, write_digit_shards
 
 from eagleray import api, storage
 from eagleray.artifacts.package import load_card, load_weights, save_package
@@ -54,6 +54,7 @@ def test_two_workers_learn_and_the_best_epoch_is_registered(
     assert card.job == job.model_dump(mode="json")
     assert card.run_name == "first" and len(card.data_digest) == 64 and card.code_version.startswith("0.")
     assert api.list_models(job.workspace)[0].version == trained.version.version == 1
+    assert log_names() >= {"run first, worker 0", "run first, worker 1"}
 
     with pytest.raises(TrainingError, match="already holds a run; resume it with --resume first"):
         api.train(job, name="first")

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import ray
-from shards_for_tests import digits_job, write_digit_shards
+from shards_for_tests import digits_job, log_names, write_digit_shards
 
 from eagleray import api
 from eagleray.artifacts.checkpoint import load_state
@@ -91,6 +91,7 @@ def test_trials_of_two_workers_take_one_pair_of_processes_after_another(ray_clus
     result = api.tune(search_job(shards, tmp_path, num_trials=2, num_workers=2, scheduler=None, **one_point), name="together")
     assert [trial.status for trial in result.trials] == ["finished"] * 2
     first, second = result.trials
+    assert log_names() >= {f"search together, trial {trial.trial_id}, worker {rank}" for trial in (first, second) for rank in (0, 1)}
     assert first.curve == second.curve and first.curve[-1] > 0.8
     assert all(load_state(trial.checkpoint_uri)["steps_done"] == 15 * 3 for trial in result.trials), "each step was of 32 pictures"
 

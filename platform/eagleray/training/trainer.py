@@ -51,6 +51,7 @@ from eagleray.training.evaluation import start_evaluation
 from eagleray.training.failures import RunCallback, explain, reason_of, users_error
 from eagleray.training.finetune import check_finetune
 from eagleray.training.guards import Diverged
+from eagleray.training.logs import name_log
 from eagleray.training.loop import Evaluation, Pause, Worker, train
 from eagleray.training.parallel import is_sharded
 from eagleray.training.progress import Follower, Watch
@@ -249,6 +250,7 @@ def _train_loop_per_worker(config: dict[str, Any]) -> str | None:
     job = build_job(config["job"])
     board, run_uri = config["board"], config["run_uri"]
     context = ray.train.get_context()
+    name_log(f"run {context.get_experiment_name()}, worker {context.get_world_rank()}")
     num_shares = context.get_world_size() + config["is_beside"]
     resources: WorkerResources = share_what_is_left(config["resources"], cluster_beside_serving(), num_shares)
     worker = Worker(

@@ -121,7 +121,7 @@ def run_search(
     if search.sampler == "auto":
         on_message("sampler {}: {}".format(*fitting_sampler(search)))
     trainable = tune.with_resources(
-        tune.with_parameters(TrainingTrial, job=trial_job(job).model_dump(mode="json"), resources=resources),
+        tune.with_parameters(TrainingTrial, job=trial_job(job).model_dump(mode="json"), resources=resources, run_name=run_name),
         _placement(resources, search.num_workers),
     )
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT_S)

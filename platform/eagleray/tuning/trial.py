@@ -28,6 +28,7 @@ from eagleray.errors import SearchError
 from eagleray.models.size import network_size
 from eagleray.models.zoo import build_model
 from eagleray.training.finetune import find_head, freeze_parts
+from eagleray.training.logs import name_log
 from eagleray.training.loop import Pause, Worker, train
 from eagleray.training.recipe import build_optimizer, with_hyperparameters
 from eagleray.training.resources import WorkerResources
@@ -61,9 +62,10 @@ class TrialWorker:
         backend = "nccl" if worker.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=worker.rank, world_size=worker.world_size, timeout=GROUP_TIMEOUT)
 
-    def start(self, job: JobConfig, state: dict[str, Any] | None = None) -> None:
+    def start(self, trial: str, job: JobConfig, state: dict[str, Any] | None = None) -> None:
         """Be about to train a job, from its start or after `state`."""
         self.close()
+        name_log(f"{trial}, worker {self._worker.rank}")
         self._epochs = train(job, self._worker, state)
 
     def step(self) -> Pause | None:
@@ -86,8 +88,8 @@ class Peer:
     def join(self, host: str, port: int) -> None:
         self._worker.join(TCPStore(host, port, timeout=GROUP_TIMEOUT))
 
-    def start(self, job: JobConfig, state: dict[str, Any] | None) -> None:
-        self._worker.start(job, state)
+    def start(self, trial: str, job: JobConfig, state: dict[str, Any] | None) -> None:
+        self._worker.start(trial, job, state)
 
     def step(self) -> None:
         try:
@@ -105,8 +107,9 @@ class TrainingTrial(ray.tune.Trainable):
     _metrics: dict[str, float]
     """Of the last epoch, with the network's size."""
 
-    def setup(self, config: dict[str, Any], job: dict[str, Any], resources: WorkerResources) -> None:
+    def setup(self, config: dict[str, Any], job: dict[str, Any], resources: WorkerResources, run_name: str) -> None:
         self._search_job = build_job(job)
+        self._run_name = run_name
         world_size = self._search_job.train.max_workers
         self._worker = TrialWorker(0, world_size, resources)
         self._peers = [_start_peer(rank, world_size, resources) for rank in range(1, world_size)]
@@ -165,8 +168,9 @@ class TrainingTrial(ray.tune.Trainable):
         self._start_workers(None)
 
     def _start_workers(self, state: dict[str, Any] | None) -> None:
-        others = [peer.start.remote(self._job, state) for peer in self._peers]
-        self._worker.start(self._job, state)
+        trial = f"search {self._run_name}, trial {self.trial_id}"
+        others = [peer.start.remote(trial, self._job, state) for peer in self._peers]
+        self._worker.start(trial, self._job, state)
         ray.get(others)
 
 
