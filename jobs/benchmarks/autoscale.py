@@ -84,7 +84,16 @@ class GrowingCluster:
 
         config = Path(self._directory) / "cluster.yaml"
         config.write_text(yaml.safe_dump(_autoscaling_config(self.address, FAKE_HEAD_NODE_ID)))
-        command = [str(BINARIES / "ray"), "start", "--head", "--block", f"--port={self._port}", f"--dashboard-port={self._dashboard}"]
+        command = [
+            sys.executable,
+            "-m",
+            "eagleray.cluster.local",
+            "start",
+            "--head",
+            "--block",
+            f"--port={self._port}",
+            f"--dashboard-port={self._dashboard}",
+        ]
         command += ["--num-cpus=0", "--num-gpus=0", f"--temp-dir={self._directory}", f"--autoscaling-config={config}", *self._options]
         fake = {
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",

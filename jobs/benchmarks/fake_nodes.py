@@ -13,6 +13,8 @@ from unittest import mock
 from ray._private import parameter
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
+from eagleray.cluster.forkserver import forked_by_the_head
+
 _ONE_AT_A_TIME = threading.Lock()  # the autoscaler starts several from threads
 
 
@@ -24,5 +26,8 @@ class FakeNodes(FakeMultiNodeProvider):
             self._create(f"runtime_resources_{self._next_node_id + 1}", arguments)
 
     def _create(self, folder: str, arguments: tuple[Any, ...]) -> None:
-        with mock.patch.object(parameter, "RayParams", functools.partial(parameter.RayParams, runtime_env_dir_name=folder)):
+        with (
+            forked_by_the_head(),
+            mock.patch.object(parameter, "RayParams", functools.partial(parameter.RayParams, runtime_env_dir_name=folder)),
+        ):
             super()._create_node_with_resources_and_labels(*arguments)

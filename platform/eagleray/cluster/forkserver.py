@@ -30,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 _CLIENT = Path(__file__).with_name("fork_worker.py")
+_ADDRESS = "EAGLERAY_FORKSERVER"
 _HEADER_BYTES = 64
 _LIBRARIES = ("pandas", "pyarrow.dataset", "pyarrow.parquet", "fastapi", "torch._dynamo", "torchvision.transforms.v2")
 _RAY = ("ray.train.v2._internal.execution.controller.controller", "ray.train.torch", "ray.tune", "ray.serve._private.controller")
@@ -44,8 +45,6 @@ def forked_workers() -> Iterator[None]:
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists() or os.environ.get("EAGLERAY_FORK_WORKERS") == "0":
         yield
         return
-    from ray._private import ray_constants
-
     with tempfile.TemporaryDirectory(prefix="eagleray-") as folder:
         path = str(Path(folder) / "fork")
         with socket.socket(socket.AF_UNIX) as listener:
@@ -59,15 +58,22 @@ def forked_workers() -> Iterator[None]:
                 start_new_session=True,  # Ctrl-C is for the one who started Ray
             )
         try:
-            with (
-                mock.patch.object(ray_constants, "SETUP_WORKER_FILENAME", str(_CLIENT)),
-                mock.patch.dict(os.environ, {"EAGLERAY_FORKSERVER": path}),
-            ):
+            with mock.patch.dict(os.environ, {_ADDRESS: path}), forked_by_the_head():
                 yield
         finally:
             assert server.stdin is not None
             server.stdin.close()
             server.wait()
+
+
+@contextmanager
+def forked_by_the_head() -> Iterator[None]:
+    """Let a node that is started within the block, by a process of a head with forked workers, go to the same server."""
+    from ray._private import ray_constants
+
+    client = str(_CLIENT) if _ADDRESS in os.environ else ray_constants.SETUP_WORKER_FILENAME
+    with mock.patch.object(ray_constants, "SETUP_WORKER_FILENAME", client):
+        yield
 
 
 def serve(listener: socket.socket) -> None:
