@@ -110,6 +110,19 @@ def test_a_search_in_which_every_trial_fails_says_why(ray_cluster: Connection, s
 
 
 @pytest.mark.slow
+def test_a_trial_whose_worker_is_killed_goes_on_from_its_last_epoch(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
+    """kill -9 of the first of two workers in the third epoch."""
+    families = {"models_for_tests:crash_in_third_epoch": {"marker": {"choice": [str(tmp_path / "marker")]}}}
+    job = search_job(shards, tmp_path / "work", num_trials=1, num_workers=2, epochs=4, scheduler=None, families=families)
+    said: list[str] = []
+    result = api.tune(job, name="killed", on_message=said.append)
+    assert (tmp_path / "marker").exists()
+    assert (result.best.status, result.best.epochs, len(result.best.curve)) == ("finished", 4, 4)
+    assert load_state(result.best.checkpoint_uri)["steps_done"] == 4 * 15
+    assert [line for line in said if line.startswith(f"trial {result.best.trial_id} failed (") and "newest checkpoint" in line], said
+
+
+@pytest.mark.slow
 def test_two_objectives_a_rule_and_an_end_without_progress(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
     families = {"cnn": {"width": {"choice": [8]}}}
     changes = {"num_trials": 12, "max_concurrent": 1, "epochs": 1, "scheduler": None, "families": families, "sampler": "nsga2"}

@@ -14,6 +14,10 @@ from eagleray.errors import ConfigError, DataError, EagleRayError, StorageError,
 from eagleray.training.board import Message
 
 
+FINAL = (ConfigError, DataError, TrainingError, StorageFullError)
+"""Errors that would only come again."""
+
+
 class RunCallback(UserCallback):
     """Tells the board of checkpoints and failures; runs in Ray Train's controller, on the driver's node."""
 
@@ -28,7 +32,7 @@ class RunCallback(UserCallback):
         """End the run, by raising, where starting the workers again would only fail in the same way."""
         for exception in worker_exceptions.values():
             error = users_error(exception)
-            if isinstance(error, (ConfigError, DataError, TrainingError, StorageFullError)):
+            if isinstance(error, FINAL):
                 raise error
         rank, first = next(iter(worker_exceptions.items()))
         self._board.post.remote(Message(f"worker {rank} failed ({reason_of(first)}); starting again from the newest checkpoint"))

@@ -23,6 +23,7 @@ from eagleray.config.schema import OBJECTIVES, JobConfig, SearchConfig, SelectCo
 from eagleray.data.mixture import load_training_set
 from eagleray.errors import ConfigError, SearchError
 from eagleray.placement import cluster_for, on_group
+from eagleray.training.failures import FINAL, reason_of, users_error
 from eagleray.training.resources import WorkerResources, share_resources
 from eagleray.tuning.proposals import MAX_REFUSED, Proposer, add_earlier_trials, fitting_sampler
 from eagleray.tuning.scheduler import build_scheduler
@@ -113,7 +114,7 @@ def run_search(
     studies = open_studies(study_url(job, run_name), on_message)
     run_uri = storage.join(job.workspace.runs_uri, run_name)
 
-    table = _TrialTable(on_trial, storage.join(run_uri, TRIALS_NAME), search, resources)
+    table = _TrialTable(on_trial, on_message, storage.join(run_uri, TRIALS_NAME), search, resources)
     filesystem, runs_path = storage.open_uri(job.workspace.runs_uri)
     proposer = Proposer(job, len(load_training_set(job.data).classes), population, run_name, studies, is_new=not resume)
     if not resume:
@@ -143,6 +144,7 @@ def run_search(
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=4 if search.is_population else 2, checkpoint_frequency=1, checkpoint_at_end=True
             ),
+            failure_config=tune.FailureConfig(max_failures=job.train.max_failures),
             verbose=0,
             callbacks=[table],
             stop=table,
@@ -286,8 +288,16 @@ def _without_numbers(reason: str) -> str:
 class _TrialTable(tune.Callback, tune.Stopper):
     """Keeps one row per trial as Ray Tune reports, in a file too; ends a search as its failures and budgets say."""
 
-    def __init__(self, on_trial: Callable[[TrialResult], None], uri: str, search: SearchConfig, resources: WorkerResources) -> None:
+    def __init__(
+        self,
+        on_trial: Callable[[TrialResult], None],
+        on_message: Callable[[str], None],
+        uri: str,
+        search: SearchConfig,
+        resources: WorkerResources,
+    ) -> None:
         self._on_trial = on_trial
+        self._on_message = on_message
         self._uri = uri
         self._search = search
         self._gpus = resources.gpus * search.num_workers
@@ -297,7 +307,7 @@ class _TrialTable(tune.Callback, tune.Stopper):
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune saves its callbacks with the experiment; whoever listens here is of this process alone.
-        return self.__dict__ | {"_on_trial": None}
+        return self.__dict__ | {"_on_trial": None, "_on_message": None}
 
     def results(self) -> list[TrialResult]:
         """Return all rows; to be called once the search has ended, in which no trial is left running."""
@@ -337,6 +347,13 @@ class _TrialTable(tune.Callback, tune.Stopper):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         finished = bool(trial.last_result.get("is_last_epoch"))
         self._update(trial, status="finished" if finished else "stopped")
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        error = trial.get_pickled_error()
+        if isinstance(users_error(error), (*FINAL, SearchError)):
+            trial.max_failures = 0  # Ray Tune tries once more, whatever it was
+        elif error is not None:
+            self._on_message(f"trial {trial.trial_id} failed ({reason_of(error)}); it goes on from its newest checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._update(trial, status="failed", reason=_reason(trial))
