@@ -13,7 +13,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from eagleray.errors import ConfigError, DataError, EagleRayError, StorageError, StorageFullError, TrainingError
 from eagleray.training.board import Message
 
-
 FINAL = (ConfigError, DataError, TrainingError, StorageFullError)
 """Errors that would only come again."""
 
