@@ -10,10 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import optuna
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 
 from eagleray import storage
@@ -349,10 +350,10 @@ class _TrialTable(tune.Callback, tune.Stopper):
         self._update(trial, status="finished" if finished else "stopped")
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = trial.get_pickled_error()
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
         if isinstance(users_error(error), (*FINAL, SearchError)):
             trial.max_failures = 0  # Ray Tune tries once more, whatever it was
-        elif error is not None:
+        else:
             self._on_message(f"trial {trial.trial_id} failed ({reason_of(error)}); it goes on from its newest checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
