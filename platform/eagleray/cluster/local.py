@@ -66,10 +66,11 @@ class LocalCluster:
             self._start_metrics(self._start_ray())
             # Its addresses and keys are of this time alone.
             self._stack.callback(write_settings(self.directory, self.settings).unlink, missing_ok=True)
-        except BaseException as error:
+        except OSError as error:
             self._stack.close()
-            if isinstance(error, OSError):
-                raise ClusterError(f"a local cluster cannot start in '{self.directory}': {error}; give another --dir") from error
+            raise ClusterError(f"a local cluster cannot start in '{self.directory}': {error}; give another --dir") from error
+        except BaseException:
+            self._stack.close()
             raise
         return self
 

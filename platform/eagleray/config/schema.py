@@ -723,9 +723,18 @@ class SearchConfig(Section):
         return {key: d for key, d in self.space.items() if key.startswith(MUTABLE) and key not in FIXED}
 
     @property
+    def rule(self) -> SelectConfig:
+        """Which trial wins."""
+        return self.select or SelectConfig(best=self.objectives[0])
+
+    @property
+    def named_objectives(self) -> set[str]:
+        """All that trials must report."""
+        return {*self.objectives, self.rule.best, *self.rule.where}
+
+    @property
     def measures_serving(self) -> bool:
-        rule = self.select or SelectConfig(best=self.objectives[0])
-        return not {*self.objectives, rule.best, *rule.where}.isdisjoint(SERVING_OBJECTIVES)
+        return not self.named_objectives.isdisjoint(SERVING_OBJECTIVES)
 
     @model_validator(mode="after")
     def _cma_es_has_numbers(self) -> SearchConfig:
@@ -744,8 +753,7 @@ class SearchConfig(Section):
     def _money_has_prices(self) -> SearchConfig:
         if self.max_usd is not None and not (self.prices.gpu_hour or self.prices.cpu_hour):
             raise ValueError("max_usd needs prices: {gpu_hour: …, cpu_hour: …}, in USD")
-        rule = self.select or SelectConfig(best=self.objectives[0])
-        if "usd_per_1000" in {*self.objectives, rule.best, *rule.where} and not self.prices.cpu_hour:
+        if "usd_per_1000" in self.named_objectives and not self.prices.cpu_hour:
             raise ValueError("usd_per_1000 needs prices: {cpu_hour: …}, in USD")
         return self
 

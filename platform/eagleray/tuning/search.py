@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 from eagleray import storage
 from eagleray.artifacts.runs import load_run_job
 from eagleray.config.load import with_values
-from eagleray.config.schema import OBJECTIVES, JobConfig, SearchConfig, SelectConfig
+from eagleray.config.schema import OBJECTIVES, JobConfig, SearchConfig
 from eagleray.data.mixture import load_training_set
 from eagleray.errors import ConfigError, SearchError
 from eagleray.placement import cluster_for, on_group
@@ -204,7 +204,7 @@ def select_best(trials: list[TrialResult], search: SearchConfig) -> TrialResult:
     Raises:
         SearchError: none is within the bounds; says how near they came.
     """
-    rule = search.select or SelectConfig(best=search.objectives[0])
+    rule = search.rule
     within = [trial for trial in trials if all(bounds.hold(trial.metrics[name]) for name, bounds in rule.where.items())]
     if not within:
         ranges = {name: sorted(trial.metrics[name] for trial in trials) for name in rule.where}
@@ -350,11 +350,12 @@ class _TrialTable(tune.Callback, tune.Stopper):
         self._update(trial, status="finished" if finished else "stopped")
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        error = _error_of(trial)
         if isinstance(users_error(error), (*FINAL, SearchError)):
             trial.max_failures = 0  # Ray Tune tries once more, whatever it was
-        else:
-            self._on_message(f"trial {trial.trial_id} failed ({reason_of(error)}); it goes on from its newest checkpoint")
+            return
+        reason = reason_of(error) if error is not None else "no reason given"
+        self._on_message(f"trial {trial.trial_id} failed ({reason}); it goes on from its newest checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._update(trial, status="failed", reason=_reason(trial))
@@ -381,6 +382,17 @@ class _TrialTable(tune.Callback, tune.Stopper):
         self._rows[trial.trial_id] = row
         self.save(list(self._rows.values()))
         self._on_trial(row)
+
+
+def _error_of(trial: Trial) -> BaseException | None:
+    """Return the error of a trial's last failure; None where Ray Tune kept none, or its class is not to be had here."""
+    if trial.pickled_error_file is None:
+        return None
+    try:
+        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # a class of the user's may raise anything while it is loaded; the search is to go on
+        return None
+    return error
 
 
 def _reason(trial: Trial) -> str:

@@ -22,7 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from eagleray.artifacts.checkpoint import load_state, save_state
 from eagleray.config.load import build_job
-from eagleray.config.schema import OBJECTIVES, JobConfig
+from eagleray.config.schema import OBJECTIVES, SERVING_OBJECTIVES, JobConfig
 from eagleray.data.mixture import load_training_set
 from eagleray.errors import SearchError
 from eagleray.models.size import network_size
@@ -193,7 +193,9 @@ def check_objectives(metrics: dict[str, float]) -> None:
         SearchError: an objective is not a finite number.
     """
     for name in OBJECTIVES:
-        if name in metrics and not math.isfinite(metrics[name]):
+        if name in SERVING_OBJECTIVES and name not in metrics:
+            continue  # nobody asked for it
+        if not math.isfinite(metrics[name]):
             raise SearchError(
                 f"{name} is {metrics[name]} after epoch {int(metrics['epoch']) + 1}, by which no trial can be compared; "
                 "narrow the range of train.optimizer.lr, or set train.grad_clip_norm"

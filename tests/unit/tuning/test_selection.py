@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from eagleray.config.schema import SearchConfig
 from eagleray.data.stream import DecodeResources
 from eagleray.errors import ConfigError, SearchError
 from eagleray.training.resources import WorkerResources
-from eagleray.tuning.search import TrialResult, is_spent, is_stuck, select_best, usd_per_hour
+from eagleray.tuning.search import TrialResult, _error_of, is_spent, is_stuck, select_best, usd_per_hour
 from eagleray.tuning.trial import check_objectives
 
 
@@ -88,5 +91,15 @@ def test_a_budget_of_money_or_of_gpu_hours_is_spent_by_what_trials_hold() -> Non
 def test_an_epoch_whose_loss_is_no_number_fails_its_trial(value: float) -> None:
     epoch = {"epoch": 1.0, "val_top1": 0.1, "val_top5": 0.5, "val_loss": 2.0, "parameters": 9, "flops": 9}
     check_objectives(epoch)
+    with pytest.raises(KeyError, match="flops"):
+        check_objectives({name: epoch[name] for name in epoch if name != "flops"})
     with pytest.raises(SearchError, match=rf"val_loss is {value} after epoch 2"):
         check_objectives(epoch | {"val_loss": value})
+
+
+def test_an_error_that_cannot_be_loaded_here_does_not_end_the_search(tmp_path: Path) -> None:
+    (tmp_path / "error.pkl").write_bytes(b"of a class that is not here")
+    assert _error_of(SimpleNamespace(pickled_error_file=str(tmp_path / "error.pkl"))) is None
+    assert _error_of(SimpleNamespace(pickled_error_file=None)) is None
+    (tmp_path / "error.pkl").write_bytes(pickle.dumps(SearchError("why")))
+    assert str(_error_of(SimpleNamespace(pickled_error_file=str(tmp_path / "error.pkl")))) == "why"
