@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,14 @@ prepare_environment()
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "integration"), os.environ.get("PYTHONPATH", "")]).rstrip(
     os.pathsep
 )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once why a test failed: of a run that is broken off, the summary never comes."""
+    if report.failed:
+        sys.__stdout__.write(f"\n{report.nodeid} ({report.when}), {report.duration:.0f} s:\n{report.longreprtext}\n")  # type: ignore[union-attr]
+        sys.__stdout__.flush()  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 
 LEARNING_CURVE_NAME = "learning_curve.png"
+TRAINING_LIBRARIES = ("torch", "pandas", "matplotlib.figure")
+"""What training and searching load first, in seconds."""
 
 
 def _ignore(*arguments: Any) -> None:
@@ -140,7 +142,7 @@ def train(
     from eagleray.cluster.connect import connected
 
     storage.check_access(job.workspace.root)
-    with connected(address):
+    with connected(address, needs=TRAINING_LIBRARIES):
         from eagleray.artifacts.checkpoint import load_state
         from eagleray.artifacts.pretrained import pin_pretrained
         from eagleray.artifacts.runs import claim_run, load_run_job, running
@@ -230,7 +232,7 @@ def tune(
 
     run_name = resume or name or new_run_name(f"{job.name}-tune")
     storage.check_access(job.workspace.root)
-    with connected(address):
+    with connected(address, needs=TRAINING_LIBRARIES):
         from eagleray.artifacts.pretrained import pin_pretrained
         from eagleray.artifacts.runs import claim_run, load_run_job, running
         from eagleray.data.mixture import load_training_set
@@ -749,10 +751,11 @@ def register_weights(
     from eagleray.artifacts.runs import load_quarantine
     from eagleray.data.mixture import load_training_set
     from eagleray.data.transforms import Preprocessing
-    from eagleray.training.evaluation import evaluate_weights
 
     kept = {key: value for key, value in metrics.items() if key.startswith("val_")}
     if job.data.test is not None:
+        from eagleray.training.evaluation import evaluate_weights
+
         kept |= evaluate_weights(job, weights, job.data.test, "test")
     training_set = load_training_set(job.data)
     card = ModelCard(

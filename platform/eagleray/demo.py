@@ -89,7 +89,7 @@ def run_quickstart(
                 _start_s3(stack, root)
             console.print(f"  pictures {pictures}\n  shards   {data_uri}\n  runs     {job.workspace.runs_uri}")
         with stages("ray", "Ray"):
-            cluster = stack.enter_context(connected(address))
+            cluster = stack.enter_context(connected(address, needs=api.TRAINING_LIBRARIES))
             console.print(
                 f"  {'started on this machine' if cluster.is_local else 'joined'} at {cluster.address}; full logs in {cluster.log_dir}"
             )

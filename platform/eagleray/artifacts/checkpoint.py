@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from eagleray import storage
 from eagleray.errors import StorageError, TrainingError
@@ -70,6 +67,8 @@ def dump_shards(state: dict[str, Any], rank: int) -> dict[str, bytes]:
     Args:
         state: tensors, among them `DTensor`s, and numbers, in nested dicts.
     """
+    from torch.distributed.checkpoint.state_dict_saver import save  # takes seconds to load, which nobody else needs
+
     file = io.BytesIO()
     with tempfile.TemporaryDirectory(prefix="eagleray-shards-") as directory, zipfile.ZipFile(file, "w") as archive:
         save(state, checkpoint_id=directory)
@@ -84,6 +83,9 @@ def load_shards(uri: str, state: dict[str, Any]) -> None:
     Raises:
         TrainingError: a file is missing or damaged.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     remedy = f"delete the folder '{uri}' and resume: the run goes on from the checkpoint before it"
     with tempfile.TemporaryDirectory(prefix="eagleray-shards-") as directory:
         for file_uri in storage.list_files(storage.join(uri, SHARDS_NAME)):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -52,13 +54,14 @@ class Connection:
 
 
 @contextmanager
-def connected(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[Connection]:
+def connected(address: str | None = None, *, num_cpus: int | None = None, needs: tuple[str, ...] = ()) -> Iterator[Connection]:
     """Be connected to Ray for the block; a connection that exists already is used and left alone.
 
     Args:
         address: `host:port` or `auto` to join a cluster; None starts Ray here, or, within a submitted
             job, joins the job's own cluster.
         num_cpus: logical CPUs of a cluster started here; by default the machine's cores.
+        needs: libraries that the block will import: they are loaded while Ray starts, which is mostly waiting.
 
     Raises:
         ClusterError: nobody answers at `address`, the token is wrong, or versions differ.
@@ -73,13 +76,25 @@ def connected(address: str | None = None, *, num_cpus: int | None = None) -> Ite
     address = address or os.environ.get("RAY_ADDRESS")
     with nullcontext() if address else forked_workers():
         try:
-            if address is None:
-                _start(num_cpus)
-            else:
-                _join(address)
+            with _loading(needs):
+                if address is None:
+                    _start(num_cpus)
+                else:
+                    _join(address)
             yield _connection(is_local=address is None)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _loading(libraries: tuple[str, ...]) -> Iterator[None]:
+    """Import libraries beside the block, and wait for it at its end: imports of one library by two threads are best avoided."""
+    thread = threading.Thread(target=lambda: [importlib.import_module(library) for library in libraries], daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _start(num_cpus: int | None) -> None:
@@ -91,7 +106,8 @@ def _start(num_cpus: int | None) -> None:
         include_dashboard=False,
         log_to_driver=is_debug(),
         logging_level=_level(),
-        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_S * 1000},
+        # Workers started before there is a job would be forks of a server of their own, which has to load Ray, too.
+        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_S * 1000, "prestart_worker_first_driver": False},
     )
 
 

@@ -20,6 +20,9 @@ from eagleray.errors import ConfigError, near_miss
 from eagleray.models.blur import add_blur
 from eagleray.models.stems import RESNETS, SMALL_INPUT, has_small_stem, set_small_stem
 
+SMALL_NETWORK = 30_000_000
+"""Parameters up to which a network is tried out with its weights; without them torch loads its compiler, which takes longer."""
+
 
 class CNN(nn.Module):
     """Two conv/pool blocks and two linear layers; float [N, 3, S, S] → logits [N, classes], any S ≥ 4.
@@ -147,11 +150,14 @@ def check_input(config: ModelConfig, num_classes: int, image_size: int, key: str
         size: the value of `key` where it is another one than that which the network is built for.
     """
     size = size or image_size
-    model = build_outline(config, num_classes, image_size)
-    with torch.device("meta"):
+    model, device = build_outline(config, num_classes, image_size), torch.device("meta")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        if sum(parameter.numel() for parameter in model.parameters()) <= SMALL_NETWORK:
+            model, device = build_model(config, num_classes, image_size), torch.device("cpu")
         try:
-            for is_training in (True, False):  # auxiliary heads are there in training only
-                model.train(is_training)(torch.empty(2, 3, size, size))
+            with device:
+                for is_training in (True, False):  # auxiliary heads are there in training only
+                    model.train(is_training)(torch.zeros(2, 3, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ConfigError(
                 f"model '{config.name}' cannot take pictures of {key} {size} px ({error}); use another size, a larger one as a rule"

@@ -1,7 +1,11 @@
-"""How a network is spread over the workers of a run: copied to each of them (DDP), or cut up among them (FSDP2)."""
+"""How a network is spread over the workers of a run: copied to each of them (DDP), or cut up among them (FSDP2).
+
+What only FSDP needs takes seconds to load, and is imported where it is used.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -10,16 +14,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -41,6 +35,8 @@ def place(model: nn.Module, ema: AveragedModel | None, config: TrainingConfig, d
         _checkpoint_activations(model)
     for network in networks:
         if is_sharded(config):
+            from torch.distributed.fsdp import fully_shard
+
             for block in _blocks(network):
                 fully_shard(block)
             fully_shard(network)
@@ -65,6 +61,11 @@ def is_sharded(config: TrainingConfig) -> bool:
     return config.parallelism == "fsdp" and dist.is_initialized()
 
 
+def _is_cut_up(model: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # it is loaded where a network was cut up
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
+
+
 def with_sync_batch_norm(model: nn.Module, config: TrainingConfig, device: torch.device) -> nn.Module:
     """Let batch norms see the pictures of all ranks, where the job asks for it."""
     if not config.sync_batch_norm:
@@ -79,15 +80,15 @@ def replicate(model: nn.Module, config: TrainingConfig, device: torch.device) ->
     """Return the network as it is called in training, so that its gradients are averaged over all ranks."""
     if config.compile:
         model = cast(nn.Module, torch.compile(model))
-    if isinstance(model, FSDPModule) or not dist.is_initialized() or dist.get_world_size() == 1:
+    if _is_cut_up(model) or not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def gradient_sync(replica: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
     """Return a context for a part of a step; gradients are averaged over ranks in the last one."""
-    if isinstance(replica, FSDPModule):
-        replica.set_requires_gradient_sync(is_last)
+    if _is_cut_up(replica):
+        cast(Any, replica).set_requires_gradient_sync(is_last)
     if isinstance(replica, DistributedDataParallel) and not is_last:
         return replica.no_sync()
     return nullcontext()
@@ -99,7 +100,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> torch.Tensor:
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     else:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return cast(Any, norm).full_tensor() if _is_cut_up(model) else norm
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -115,7 +116,9 @@ def model_state(model: nn.Module, ema: AveragedModel | None, optimizer: torch.op
     Of a sharded network every rank has to call it: `shards` are the files of its own part, and rank 0 alone gets the weights.
     """
     evaluated = model if ema is None else ema.module
-    if isinstance(model, FSDPModule):
+    if _is_cut_up(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         for network in (model, evaluated):  # of what all ranks have, any one may be saved
             share_buffers(network)
         weights = get_model_state_dict(evaluated, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -134,7 +137,9 @@ def restore_model(state: dict[str, Any], model: nn.Module, ema: AveragedModel | 
     Raises:
         TrainingError: the shards are missing or damaged.
     """
-    if isinstance(model, FSDPModule):
+    if _is_cut_up(model):
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_state_dict
+
         sharded = _sharded_state(model, ema, optimizer)
         load_shards(state["uri"], sharded)
         set_state_dict(model, optimizer, model_state_dict=sharded["model"], optim_state_dict=sharded["optimizer"])
@@ -149,6 +154,8 @@ def restore_model(state: dict[str, Any], model: nn.Module, ema: AveragedModel | 
 
 
 def _sharded_state(model: nn.Module, ema: AveragedModel | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     if ema is not None:
         state |= {"ema": get_model_state_dict(ema.module), "n_averaged": ema.n_averaged}
@@ -167,6 +174,8 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _checkpoint_activations(model: nn.Module) -> None:
     """Let each block keep its input alone for the backward pass, and compute the rest again."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+
     blocks = set(_blocks(model))
 
     def wrap(block: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -19,7 +19,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eagleray.config.schema import JobConfig
 from eagleray.training.board import Board, Message, News, Progress
-from eagleray.training.loop import StepEnd
+
+if TYPE_CHECKING:
+    from eagleray.training.loop import StepEnd
+
+STOPPED = "stopped"
+"""What rank 0 returns where it was asked to stop."""
 
 PROGRESS_EVERY_S = 1.0
 AGREE_EVERY_STEPS = 10
