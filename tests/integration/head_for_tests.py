@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -69,9 +71,19 @@ class Head:
         options += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={self.temp_dir}"]
         process = self._start_node("--head", *options, *self.options)
         deadline = time.monotonic() + START_S
-        while self.eagleray("jobs", "list", "--address", self.jobs_address).returncode != 0:
+        while not self._answers():
             assert process.poll() is None and time.monotonic() < deadline, (self.temp_dir / "nodes.log").read_text()
+            time.sleep(0.5)
         return process
+
+    def _answers(self) -> bool:
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(f"{self.jobs_address}/api/version", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return bool(answer.status == http.HTTPStatus.OK)
+        except OSError:
+            return False
 
     def add_node(self, *options: str) -> subprocess.Popen[bytes]:
         return self._start_node(f"--address={self.address}", f"--dashboard-agent-listen-port={free_ports(1)[0]}", *options)

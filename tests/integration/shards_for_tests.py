@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import ray
 from sklearn.datasets import load_digits
 
 from eagleray import storage
+from eagleray.artifacts.registry import Registry
 from eagleray.config.load import build_job
-from eagleray.config.schema import JobConfig
+from eagleray.config.schema import JobConfig, WorkspaceConfig
 from eagleray.data.shards import Manifest, encode_shard, manifest_uri
 
 
@@ -60,8 +64,20 @@ def log_names() -> set[str]:
     return {line.removeprefix(":actor_name:") for line in found if line.startswith(":actor_name:")}
 
 
+@cache
+def _empty_database() -> bytes:
+    """Return MLflow's database before anything was written to it; it takes MLflow seconds to make one."""
+    with tempfile.TemporaryDirectory() as folder:
+        Registry(WorkspaceConfig(root=folder)).versions()
+        return (Path(folder) / "mlflow.db").read_bytes()
+
+
 def digits_job(shards: Path, root: Path | str, *overrides: str) -> JobConfig:
-    """Return a small job on those shards that learns within a few epochs."""
+    """Return a small job on those shards that learns within a few epochs; a local workspace has a database already."""
+    if storage.is_local(str(root)):
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(Path(root) / "mlflow.db", "xb") as database:
+            database.write(_empty_database())
     document = {
         "name": "digits",
         "workspace": {"root": str(root)},

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from head_for_tests import Head, cluster_environment, started_head
+from serving_for_tests import wait_until
 from shards_for_tests import digits_job, write_digit_shards
 
 from eagleray.config.load import dump_job
@@ -45,27 +46,23 @@ def job_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_job_goes_on_where_it_was_and_then_serves(head: Head, job_path: Path) -> None:
     """`--detach` comes back once the job has passed its checks; the job's file is with it."""
     (port,) = free_ports(1)
-    settings = ("--set", "train.epochs=40", "--set", "train.checkpoint_every_steps=15", "--set", f"serve.port={port}")
+    settings = ("--set", "train.epochs=20", "--set", "train.checkpoint_every_steps=15", "--set", f"serve.port={port}")
     options = ("--address", head.jobs_address)
     result = head.eagleray("submit", str(job_path), *options, *settings, "--name", "stopped", "--detach", "--on-finish", "serve")
     assert result.returncode == 0 and "checked: 480 pictures in 10 classes, 2 worker(s)" in result.stdout, result.stdout + result.stderr
     submission = result.stdout.split("submitted ")[1].split()[0]
 
-    def log():
-        return head.eagleray("jobs", "logs", submission, *options).stdout
-
-    deadline = time.monotonic() + 300
-    while "epoch   2/40" not in log():
-        assert time.monotonic() < deadline, log()
-        time.sleep(5)  # the command line takes a core for as long as it starts
     assert "RUNNING" in head.eagleray("jobs", "resubmit", submission, *options).stderr
+    history = job_path.parent / "work" / "runs" / "stopped" / "history.json"
+    wait_until(lambda: history.exists() and len(json.loads(history.read_text())) >= 2, 300)
     assert "stopped" in head.eagleray("jobs", "stop", submission, *options).stdout
     shown = head.eagleray("jobs", "show", submission, *options).stdout
-    assert "STOPPED" in shown and "run:        stopped" in shown and "epochs: 40" in shown
+    assert "STOPPED" in shown and "run:        stopped" in shown and "epochs: 20" in shown
+    assert "epoch   2/20" in head.eagleray("jobs", "logs", submission, *options).stdout
 
     again = head.eagleray("jobs", "resubmit", submission, *options)
-    assert again.returncode == 0 and "epoch  40/40" in again.stdout, again.stdout + again.stderr
-    assert "epoch   1/40" not in again.stdout, "it has begun anew"
+    assert again.returncode == 0 and "epoch  20/20" in again.stdout, again.stdout + again.stderr
+    assert "epoch   1/20" not in again.stdout, "it has begun anew"
     address = f"http://127.0.0.1:{port}"
     assert f"endpoint {address}" in again.stdout
     with urllib.request.urlopen(f"{address}/v2/models/digits", timeout=30) as response:
@@ -75,6 +72,7 @@ def test_a_stopped_job_goes_on_where_it_was_and_then_serves(head: Head, job_path
 def test_two_users_submit_at_once_and_a_full_queue_lets_one_after_the_other(head: Head, job_path: Path, repository: Path) -> None:
     """A third one thinks better of it while waiting."""
     options = ("--address", head.jobs_address)
+    names, runs = ("ada", "grace"), job_path.parent / "work" / "runs"
 
     def submit(name: str, *more: str) -> subprocess.CompletedProcess[str]:
         return head.eagleray("submit", str(job_path), *options, "--queue", "research", "--name", name, *more)
@@ -83,14 +81,13 @@ def test_two_users_submit_at_once_and_a_full_queue_lets_one_after_the_other(head
         return result.stdout.split("submitted ")[1].split()[0]
 
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(submit, name) for name in ("ada", "grace")]
-        while "RUNNING" not in head.eagleray("jobs", "list", *options).stdout:
-            assert not any(future.done() for future in both)
-            time.sleep(2)
+        both = [pool.submit(submit, name) for name in names]
+        wait_until(lambda: any((runs / name / "job.yaml").exists() or future.done() for name, future in zip(names, both, strict=True)), 300)
         third = submit("hopper", "--detach")
         assert third.returncode == 0 and "waits in queue 'research'" in third.stdout, third.stdout + third.stderr
-        assert "ends when its turn comes" in head.eagleray("jobs", "stop", id_of(third), *options).stdout
-        results = {name: future.result() for name, future in zip(("ada", "grace"), both, strict=True)}
+        stopped = head.eagleray("jobs", "stop", id_of(third), *options)
+        assert "ends when its turn comes" in stopped.stdout, stopped.stdout + stopped.stderr
+        results = {name: future.result() for name, future in zip(names, both, strict=True)}
     spans = []
     for name, result in results.items():
         assert result.returncode == 0 and "epoch   2/2" in result.stdout, result.stdout + result.stderr
@@ -98,7 +95,7 @@ def test_two_users_submit_at_once_and_a_full_queue_lets_one_after_the_other(head
         assert "SUCCEEDED" in shown and "queue:      research" in shown, shown
         ended = re.search(r"ended: +(.*)", shown)
         assert ended is not None
-        began = (job_path.parent / "work" / "runs" / name / "job.yaml").stat().st_mtime
+        began = (runs / name / "job.yaml").stat().st_mtime
         spans.append((began, datetime.strptime(ended[1], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp()))
     assert "digits" in head.eagleray("models", "list", "--root", str(job_path.parent / "work")).stdout
     ada = id_of(results["ada"])
@@ -115,7 +112,7 @@ def test_two_users_submit_at_once_and_a_full_queue_lets_one_after_the_other(head
     deadline = time.monotonic() + 60
     while "STOPPED" not in (shown := head.eagleray("jobs", "show", id_of(third), *options).stdout):
         assert time.monotonic() < deadline, shown
-    assert not (job_path.parent / "work" / "runs" / "hopper").exists()
+    assert not (runs / "hopper").exists()
 
 
 def test_a_queue_that_cannot_be_is_refused(head: Head, job_path: Path) -> None:

@@ -64,11 +64,11 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | N
         time.sleep(0.05)
 
 
-def eagleray_train(job: JobConfig, *arguments: str) -> subprocess.Popen[str]:
+def eagleray_train(job: JobConfig, address: str, *arguments: str) -> subprocess.Popen[str]:
     job_file = Path(job.workspace.root) / "job.yaml"
     job_file.parent.mkdir(parents=True, exist_ok=True)
     job_file.write_text(dump_job(job))
-    command = [sys.executable, "-m", "eagleray", "train", str(job_file), *arguments]
+    command = [sys.executable, "-m", "eagleray", "train", str(job_file), "--address", address, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -83,7 +83,9 @@ def has_reached(job: JobConfig, name: str, step: int) -> Callable[[], bool]:
     return condition
 
 
-def test_a_run_that_is_interrupted_and_whose_driver_is_killed_ends_like_an_undisturbed_one(shards: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_interrupted_and_whose_driver_is_killed_ends_like_an_undisturbed_one(
+    ray_cluster: Connection, shards: Path, tmp_path: Path
+) -> None:
     """Ctrl-C, SIGTERM and kill -9 within epochs, each followed by --resume: the same weights bit for bit."""
     settings = (
         "train.num_workers=1",
@@ -95,12 +97,12 @@ def test_a_run_that_is_interrupted_and_whose_driver_is_killed_ends_like_an_undis
     )
     job = digits_job(shards, tmp_path / "disturbed", slow_model(0.15), *settings)
     undisturbed = digits_job(shards, tmp_path / "undisturbed", slow_model(0), *settings)
-    whole = eagleray_train(undisturbed, "--name", "run")
+    whole = eagleray_train(undisturbed, ray_cluster.address, "--name", "run")
     assert whole.wait(400) == 0, whole.communicate()
 
     arguments, kept = ["--name", "run"], 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        process = eagleray_train(job, *arguments)
+        process = eagleray_train(job, ray_cluster.address, *arguments)
         wait_for(has_reached(job, "run", kept + 4), process)  # it trains: imports and Ray's start are no moment of interest
         killed = time.monotonic()
         process.send_signal(number)
@@ -114,7 +116,7 @@ def test_a_run_that_is_interrupted_and_whose_driver_is_killed_ends_like_an_undis
         arguments, kept = ["--resume", "run"], info.checkpoints[0][1]
 
     resumed = time.monotonic()
-    last = eagleray_train(job, *arguments)
+    last = eagleray_train(job, ray_cluster.address, *arguments)
     wait_for(lambda: load_run(job.workspace.runs_uri, "run").checkpoints[0][1] > info.checkpoints[0][1], last)
     print(f"driver killed: next checkpoint {time.monotonic() - resumed:.1f} s after --resume")
     out, err = last.communicate(timeout=400)

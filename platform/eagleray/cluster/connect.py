@@ -106,8 +106,7 @@ def _start(num_cpus: int | None) -> None:
         include_dashboard=False,
         log_to_driver=is_debug(),
         logging_level=_level(),
-        # Workers started before there is a job would be forks of a server of their own, which has to load Ray, too.
-        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_S * 1000, "prestart_worker_first_driver": False},
+        _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_S * 1000},
     )
 
 

@@ -32,6 +32,9 @@ from unittest import mock
 _CLIENT = Path(__file__).with_name("fork_worker.py")
 _ADDRESS = "EAGLERAY_FORKSERVER"
 _HEADER_BYTES = 64
+_FOR_RAY = {"RAY_prestart_worker_first_driver": "0"}
+"""Workers that Ray starts before there is a job would need a server of their own, which has to load Ray, too."""
+
 _LIBRARIES = ("pandas", "pyarrow.dataset", "pyarrow.parquet", "fastapi", "torch._dynamo", "torchvision.transforms.v2")
 _RAY = ("ray.train.v2._internal.execution.controller.controller", "ray.train.torch", "ray.tune", "ray.serve._private.controller")
 
@@ -58,7 +61,7 @@ def forked_workers() -> Iterator[None]:
                 start_new_session=True,  # Ctrl-C is for the one who started Ray
             )
         try:
-            with mock.patch.dict(os.environ, {_ADDRESS: path}), forked_by_the_head():
+            with mock.patch.dict(os.environ, {_ADDRESS: path, **_FOR_RAY}), forked_by_the_head():
                 yield
         finally:
             assert server.stdin is not None
