@@ -97,8 +97,7 @@ def test_a_run_that_is_interrupted_and_whose_driver_is_killed_ends_like_an_undis
     )
     job = digits_job(shards, tmp_path / "disturbed", slow_model(0.15), *settings)
     undisturbed = digits_job(shards, tmp_path / "undisturbed", slow_model(0), *settings)
-    whole = eagleray_train(undisturbed, ray_cluster.address, "--name", "run")
-    assert whole.wait(400) == 0, whole.communicate()
+    api.train(undisturbed, name="run")
 
     arguments, kept = ["--name", "run"], 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
@@ -116,13 +115,12 @@ def test_a_run_that_is_interrupted_and_whose_driver_is_killed_ends_like_an_undis
         arguments, kept = ["--resume", "run"], info.checkpoints[0][1]
 
     resumed = time.monotonic()
-    last = eagleray_train(job, ray_cluster.address, *arguments)
-    wait_for(lambda: load_run(job.workspace.runs_uri, "run").checkpoints[0][1] > info.checkpoints[0][1], last)
-    print(f"driver killed: next checkpoint {time.monotonic() - resumed:.1f} s after --resume")
-    out, err = last.communicate(timeout=400)
-    assert last.returncode == 0, (out, err)
-    went_on = re.search(r"going on after step (\d+) on 1 worker", out)
-    assert went_on is not None and int(went_on[1]) >= info.checkpoints[0][1], out  # the workers outlive the driver for a moment
+    said: dict[str, float] = {}
+    api.train(job, resume="run", on_message=lambda text: said.update({text: time.monotonic()}))
+    (went_on,) = (text for text in said if text.startswith("going on after step"))
+    print(f"driver killed: training again {said[went_on] - resumed:.1f} s after the resume")
+    step = re.fullmatch(r"going on after step (\d+) on 1 worker\(s\)", went_on)
+    assert step is not None and int(step[1]) >= info.checkpoints[0][1]  # the workers outlive the driver for a moment
 
     ends = [load_run(side.workspace.runs_uri, "run") for side in (undisturbed, job)]
     first, second = (newest_weights(end) for end in ends)

@@ -90,6 +90,8 @@ class BatchStream:
     def _execute(self, windows: list[tuple[int, int]], skipped: int) -> Iterator[Batch]:
         import ray.data
 
+        from eagleray.data.pace import Paced
+
         decoder, rank, world_size = self.decoder, self.rank, self.world_size
 
         def decode(rows: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
@@ -112,6 +114,7 @@ class BatchStream:
         dataset.context.enable_progress_bars = False
         dataset.context.print_on_execution_start = False
         dataset.context.raise_original_map_exception = True
+        dataset.context.custom_execution_callback_classes = [Paced]
         # Just below what the decoder yields at a time, so that each becomes a block as it is.
         dataset.context.target_max_block_size = decoder.block_bytes(world_size) * 9 // 10
         batch_size = self.decoder.plan.global_batch_size // self.world_size
