@@ -74,6 +74,8 @@ def connected(address: str | None = None, *, num_cpus: int | None = None, needs:
         return
     quiet()
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        check_address(address)
     with nullcontext() if address else forked_workers():
         try:
             with _loading(needs):
@@ -113,7 +115,6 @@ def _start(num_cpus: int | None) -> None:
 def _join(address: str) -> None:
     import ray
 
-    check_address(address)
     in_job = "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     options: dict[str, Any] = {} if in_job else {"runtime_env": {"py_modules": [str(package_directory())]}}
     try:
