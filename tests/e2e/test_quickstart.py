@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from integration.terminal_for_tests import run_commands
 
 from eagleray.ports import free_ports
 
@@ -41,13 +42,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subpr
         process.kill()
 
 
-def eagleray(run: Path, *arguments: str) -> str:
-    """Run a command as in a second terminal, with the settings that the quickstart left for it."""
+def eagleray(run: Path, *commands: str) -> list[str]:
+    """Run commands as in a second terminal, with the settings that the quickstart left for it; return what each printed."""
     settings = dict(line.split("=", 1) for line in (run / "session.env").read_text().splitlines())
-    command = [sys.executable, "-m", "eagleray", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | settings, timeout=120, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return run_commands([shlex.split(command) for command in commands], ENVIRONMENT | settings)
 
 
 def test_it_ends_with_a_table_a_picture_and_a_line_that_works(quickstart: tuple[subprocess.Popen[str], Path, Path]) -> None:
@@ -57,7 +55,7 @@ def test_it_ends_with_a_table_a_picture_and_a_line_that_works(quickstart: tuple[
     line = next(line for line in text.splitlines() if line.startswith("try it"))
     answer = subprocess.run(shlex.split(line.removeprefix("try it")), capture_output=True, text=True, timeout=30, check=True)
     assert '"predictions"' in answer.stdout and '"digits"' in answer.stdout
-    links = eagleray(run, "models", "verify", json.loads(answer.stdout)["request_id"], "--shards")
+    (links,) = eagleray(run, f"models verify {json.loads(answer.stdout)['request_id']} --shards")
     assert "broken" not in links and links.count("holds") >= 5 and "every shard is what the manifest says" in links
     curve = Path(next(line for line in text.splitlines() if line.startswith("learning curve")).split()[-1])
     assert curve.read_bytes().startswith(b"\x89PNG") and run in curve.parents
@@ -73,20 +71,28 @@ def test_it_keeps_what_the_readme_promises(quickstart: tuple[subprocess.Popen[st
 
 def test_the_experiment_is_looked_at_and_ended_from_a_second_terminal(quickstart: tuple[subprocess.Popen[str], Path, Path]) -> None:
     _, run, _ = quickstart
-    report = eagleray(run, "ab", "status", "digits")
+    report, models, compared, shown, promoted, served, started, status, weights, aborted, exported = eagleray(
+        run,
+        "ab status digits",
+        "models list",
+        "models compare digits@champion digits@challenger",
+        "models show digits@champion",
+        "ab promote digits",
+        "serve status",
+        "ab start digits --challenger 1 --ramp 5%@1h,50%@1d --guardrail recall:3=0.02",
+        "ab status digits",
+        "ab weights digits champion=70% challenger=30%",
+        "ab abort digits",
+        f"models export digits@champion {run / 'exported'}",
+    )
     assert "running" in report and "points" in report and "challenger − champion" in report
-    assert "champion" in eagleray(run, "models", "list")
-    assert "model.name" in eagleray(run, "models", "compare", "digits@champion", "digits@challenger")
-    assert "weights sha256" in eagleray(run, "models", "show", "digits@champion")
-    assert "digits:2 is now digits@champion" in eagleray(run, "ab", "promote", "digits")
-    assert "100 %" in eagleray(run, "serve", "status")
-    started = eagleray(run, "ab", "start", "digits", "--challenger", "1", "--ramp", "5%@1h,50%@1d", "--guardrail", "recall:3=0.02")
+    assert "champion" in models and "model.name" in compared and "weights sha256" in shown
+    assert "digits:2 is now digits@champion" in promoted and "100 %" in served
     assert "champion digits:2 95 %, challenger digits:1 5 %" in started and "recall of 3 (0.02)" in started
-    assert "guardrail kept: challenger, recall of 3" in eagleray(run, "ab", "status", "digits")
-    assert "challenger digits:1 30 %" in eagleray(run, "ab", "weights", "digits", "champion=70%", "challenger=30%")
-    assert "digits:2 gets all traffic" in eagleray(run, "ab", "abort", "digits")
-    assert "exported to" in eagleray(run, "models", "export", "digits@champion", str(run / "exported"))
-    assert (run / "exported" / "weights.safetensors").exists()
+    assert "guardrail kept: challenger, recall of 3" in status
+    assert "challenger digits:1 30 %" in weights
+    assert "digits:2 gets all traffic" in aborted
+    assert "exported to" in exported and (run / "exported" / "weights.safetensors").exists()
 
 
 def test_ctrl_c_ends_it_and_leaves_no_process_behind(quickstart: tuple[subprocess.Popen[str], Path, Path]) -> None:

@@ -20,6 +20,7 @@ import pytest
 from head_for_tests import Head, cluster_environment, started_head
 from serving_for_tests import wait_until
 from shards_for_tests import digits_job, write_digit_shards
+from terminal_for_tests import run_commands
 
 from eagleray.config.load import dump_job
 from eagleray.ports import free_ports
@@ -88,24 +89,33 @@ def test_two_users_submit_at_once_and_a_full_queue_lets_one_after_the_other(head
         stopped = head.eagleray("jobs", "stop", id_of(third), *options)
         assert "ends when its turn comes" in stopped.stdout, stopped.stdout + stopped.stderr
         results = {name: future.result() for name, future in zip(names, both, strict=True)}
-    spans = []
-    for name, result in results.items():
+    for result in results.values():
         assert result.returncode == 0 and "epoch   2/2" in result.stdout, result.stdout + result.stderr
-        shown = head.eagleray("jobs", "show", id_of(result), *options).stdout
+    ada = id_of(results["ada"])
+    description = str(repository / "cluster" / "cluster.yaml")
+    *both_shown, models, listed, logs, stopped_late, cost = run_commands(
+        [
+            *(["jobs", "show", id_of(result), *options] for result in results.values()),
+            ["models", "list", "--root", str(job_path.parent / "work")],
+            ["jobs", "list", *options],
+            ["jobs", "logs", ada, *options],
+            ["jobs", "stop", ada, *options],
+            ["cluster", "cost", description, "--cloud", "aws", *options],
+        ],
+        head.environment,
+    )
+    spans = []
+    for name, shown in zip(results, both_shown, strict=True):
         assert "SUCCEEDED" in shown and "queue:      research" in shown, shown
         ended = re.search(r"ended: +(.*)", shown)
         assert ended is not None
         began = (runs / name / "job.yaml").stat().st_mtime
         spans.append((began, datetime.strptime(ended[1], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp()))
-    assert "digits" in head.eagleray("models", "list", "--root", str(job_path.parent / "work")).stdout
-    ada = id_of(results["ada"])
-    assert "SUCCEEDED" in results["ada"].stdout and ada in head.eagleray("jobs", "list", *options).stdout
-    assert "epoch   1/2" in head.eagleray("jobs", "logs", ada, *options).stdout
-    assert "had ended before" in head.eagleray("jobs", "stop", ada, *options).stdout
+    assert "digits" in models and ada in listed and "epoch   1/2" in logs and "had ended before" in stopped_late
+    assert re.search(rf"{ada} .*ada .*digits:\d", cost)
+    assert "SUCCEEDED" in results["ada"].stdout
     again = head.eagleray("submit", str(job_path), *options, "--name", "ada")
     assert again.returncode == 1 and "already holds a run" in again.stdout and "FAILED" in again.stdout
-    cost = head.eagleray("cluster", "cost", str(repository / "cluster" / "cluster.yaml"), "--cloud", "aws", *options)
-    assert cost.returncode == 0 and re.search(rf"{ada} .*ada .*digits:\d", cost.stdout), cost.stdout + cost.stderr
 
     (_, first_ended), (second_began, _) = sorted(spans)
     assert second_began >= first_ended - 1, "two jobs of two workers each ran at once in a queue for two workers"

@@ -215,10 +215,11 @@ def stop_job(submission_id: str, address: str) -> JobInfo | None:
     with _client(address) as client:
         if _details(client, submission_id).status.is_terminal():
             return None
-        client.stop_job(submission_id)
+        is_told = client.stop_job(submission_id)
         deadline = time.monotonic() + STOP_WAIT_S + POLL_S
         while not (job := _details(client, submission_id)).status.is_terminal():
-            if job.status == "PENDING" and _info(job).queue:
+            is_told = is_told or client.stop_job(submission_id)  # Ray may have had no process yet to tell
+            if is_told and job.status == "PENDING" and _info(job).queue:
                 break
             if time.monotonic() > deadline:
                 raise ClusterError(f"job '{submission_id}' has not ended within {STOP_WAIT_S} s; see its log, and stop it again")
