@@ -137,13 +137,11 @@ def resubmit_job(submission_id: str, address: str, *, fresh_run: str | None = No
 
 def _place_in_queue(queue: str, job: JobConfig, verb: str, address: str) -> dict[str, float]:
     """Return the share of a queue that the job's driver holds as long as it runs: its number of workers."""
-    with connection(address) as get:
-        nodes = get("/api/v0/nodes?detail=true")["data"]["result"]["result"]
     sizes = {
         name.removeprefix(QUEUE_PREFIX): amount
-        for node in nodes
-        for name, amount in (node.get("resources_total") or {}).items()
-        if name.startswith(QUEUE_PREFIX) and node["state"] == "ALIVE"
+        for resources in _resources_of_nodes(address)
+        for name, amount in resources.items()
+        if name.startswith(QUEUE_PREFIX)
     }
     if queue not in sizes:
         raise ClusterError(f"--queue '{queue}': this cluster has {', '.join(sizes) or 'no queues'}; see `queues` in its description")
@@ -155,6 +153,18 @@ def _place_in_queue(queue: str, job: JobConfig, verb: str, address: str) -> dict
     if workers > sizes[queue]:
         raise ClusterError(f"--queue '{queue}': it lets {sizes[queue]:g} workers run at a time, the job has {workers}; lower its number")
     return {f"{QUEUE_PREFIX}{queue}": workers}
+
+
+def _resources_of_nodes(address: str) -> list[dict[str, float]]:
+    """Return what each node has; the job server of a cluster that has just started answers before there is one."""
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        with connection(address) as get:
+            nodes = get("/api/v0/nodes?detail=true")["data"]["result"]["result"]
+        found = [node["resources_total"] for node in nodes if node["state"] == "ALIVE" and node.get("resources_total")]
+        if found or time.monotonic() > deadline:
+            return found
+        time.sleep(POLL_S)
 
 
 def _entrypoint(job: JobConfig, verb: str, run: str, resume: bool, serves: bool) -> str:
