@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import time
 from pathlib import Path
 
 import numpy as np
@@ -124,14 +123,3 @@ def test_a_missing_shard_is_named(ray_cluster: Connection, tmp_path: Path) -> No
     (tmp_path / "data" / "shard-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"shard-00001.parquet.*missing though the manifest lists it"):
         epochs_of(stream_of(uri), 1)
-
-
-def test_the_process_has_its_time_for_itself_while_nobody_takes_what_lies_ready(ray_cluster: Connection, tmp_path: Path) -> None:
-    """Ray Data's own loop would take a whole core of the one who trains."""
-    write_dataset(str(tmp_path))
-    batches = next(stream_of(str(tmp_path)).epochs(0, 40))
-    next(batches)
-    time.sleep(3)  # until no more is made
-    began = time.process_time()
-    time.sleep(3)
-    assert time.process_time() - began < 1.5
