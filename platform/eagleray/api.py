@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 LEARNING_CURVE_NAME = "learning_curve.png"
 TRAINING_LIBRARIES = ("torch", "pandas", "matplotlib.figure")
-"""What training and searching load first, in seconds."""
+"""What training and searching import first; each takes a second or more."""
 
 
 def _ignore(*arguments: Any) -> None:
