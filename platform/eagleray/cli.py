@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from eagleray.cluster.state import ClusterStatus
-    from eagleray.config.schema import SearchConfig, WorkspaceConfig
+    from eagleray.config.schema import SearchConfig, ServingConfig, WorkspaceConfig
 
 HELP = "From raw pictures to a served, A/B-tested image classifier on one Ray cluster, from one job file."
 
@@ -73,6 +73,7 @@ JobsAddress = Annotated[
     str, typer.Option("--address", help="Ray's job server: http://head:8265.", envvar="EAGLERAY_JOBS_ADDRESS", show_default=False)
 ]
 Watch = Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")]
+OnFinish = Annotated[str | None, typer.Option(help="serve: make what was trained the champion and deploy it, on the same cluster.")]
 RunName = Annotated[str | None, typer.Option("--name", help="Name of the run; by default the job's name and the time.")]
 Keys = Annotated[str, typer.Option(help="Folder or s3:// URI of the keys, the endpoint's serve.keys_uri.", envvar="EAGLERAY_KEYS")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")]
@@ -269,12 +270,15 @@ def train(
     name: RunName = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run from its newest checkpoint.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias for the new version, such as challenger.")] = None,
+    on_finish: OnFinish = None,
     address: Address = None,
     json_path: JsonPath = None,
 ) -> None:
     """Train the job's model by DDP and register the best checkpoint."""
     from eagleray import api
 
+    if serves := _serves(on_finish):
+        alias = alias or "champion"
     job = api.load_job(job_file, overrides)
     console.print(
         f"training {job.model.name} on {' + '.join(part.uri for part in job.data.train_parts)}: {job.train.epochs} epochs, batch {job.train.global_batch_size}, {job.train.max_workers} worker(s)"
@@ -304,6 +308,8 @@ def train(
             "history": trained.training.history,
         },
     )
+    if serves:
+        _deploy(job.workspace, {"champion": trained.version.reference}, job.serve, address)
 
 
 @app.command()
@@ -600,7 +606,6 @@ def serve_deploy(
 ) -> None:
     """Serve a version over HTTP; on a cluster it stays up, without --address until Ctrl-C."""
     from eagleray import api
-    from eagleray.cluster.connect import connected
     from eagleray.config.load import build_section
     from eagleray.config.schema import ServingConfig
 
@@ -620,14 +625,7 @@ def serve_deploy(
     base = job.serve.model_dump(mode="json") if job is not None else {}
     config = build_section(ServingConfig, base | {key: value for key, value in options.items() if value is not None}, "serve")
     workspace = job.workspace if job is not None else _workspace(root, tracking_uri)
-    with connected(address):
-        url = api.serve(workspace, versions, config, address=address)
-        model = api.open_registry(workspace).resolve(reference).name
-        console.print(backends_table(api.serve_status(address), model))
-        console.print(f"endpoint {url}\ntry it   curl -s --data-binary @picture.jpg {url}/predict/{model}\ndocs     {url}/docs")
-        if address is None:
-            console.print("Serving until Ctrl-C.")
-            wait_for_interrupt()
+    _deploy(workspace, versions, config, address)
 
 
 @serve_app.command("status")
@@ -871,7 +869,7 @@ def submit(
     name: RunName = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run from its newest checkpoint.")] = None,
     queue: Annotated[str | None, typer.Option(help="Wait in this queue of the cluster's until it has room for the job's workers.")] = None,
-    on_finish: Annotated[str | None, typer.Option(help="serve: deploy what was trained, on the same cluster.")] = None,
+    on_finish: OnFinish = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return as soon as the job has checked cluster and data, instead of following its log.")
     ] = False,
@@ -879,10 +877,9 @@ def submit(
     """Run a job file on a cluster; Ctrl-C leaves the job running. Exits 1 if the job fails."""
     from eagleray import api
 
-    if on_finish not in (None, "serve"):
-        raise ConfigError(f"--on-finish '{on_finish}': expected serve")
+    serves = _serves(on_finish)
     job = api.load_job(job_file, overrides)
-    submission = api.submit(job, address, verb=verb, name=name, resume=resume, serves=on_finish == "serve", queue=queue)
+    submission = api.submit(job, address, verb=verb, name=name, resume=resume, serves=serves, queue=queue)
     _submitted(submission, address, detach)
 
 
@@ -1145,6 +1142,27 @@ def _say(text: str) -> None:
 def end_as_by_ctrl_c() -> None:
     """Let SIGTERM do what Ctrl-C does: leave every block as it is meant to be left."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def _serves(on_finish: str | None) -> bool:
+    if on_finish not in (None, "serve"):
+        raise ConfigError(f"--on-finish '{on_finish}': expected serve")
+    return on_finish is not None
+
+
+def _deploy(workspace: WorkspaceConfig, versions: dict[str, str], config: ServingConfig, address: str | None) -> None:
+    """Serve; where Ray runs for this command alone, until Ctrl-C."""
+    from eagleray import api
+    from eagleray.cluster.connect import connected
+
+    with connected(address):
+        url = api.serve(workspace, versions, config, address=address)
+        model = api.open_registry(workspace).resolve(versions["champion"]).name
+        console.print(backends_table(api.serve_status(address), model))
+        console.print(f"endpoint {url}\ntry it   curl -s --data-binary @picture.jpg {url}/predict/{model}\ndocs     {url}/docs")
+        if address is None:
+            console.print("Serving until Ctrl-C.")
+            wait_for_interrupt()
 
 
 def wait_for_interrupt() -> None:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from head_for_tests import Head, cluster_environment, started_head
 from serving_for_tests import wait_until
@@ -56,6 +57,10 @@ def test_a_stopped_job_goes_on_where_it_was_and_then_serves(head: Head, job_path
     assert "RUNNING" in head.eagleray("jobs", "resubmit", submission, *options).stderr
     history = job_path.parent / "work" / "runs" / "stopped" / "history.json"
     wait_until(lambda: history.exists() and len(json.loads(history.read_text())) >= 2, 300)
+    commands = (" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+    assert len([command for command in commands if "eagleray train job.yaml --name stopped" in command]) == 1, (
+        "Ray's stop finds a job's processes once: one that a shell starts a moment later would go on"
+    )
     assert "stopped" in head.eagleray("jobs", "stop", submission, *options).stdout
     shown = head.eagleray("jobs", "show", submission, *options).stdout
     assert "STOPPED" in shown and "run:        stopped" in shown and "epochs: 20" in shown
@@ -122,7 +127,7 @@ def test_two_users_submit_at_once_and_a_full_queue_lets_one_after_the_other(head
     deadline = time.monotonic() + 60
     while "STOPPED" not in (shown := head.eagleray("jobs", "show", id_of(third), *options).stdout):
         assert time.monotonic() < deadline, shown
-    assert not (runs / "hopper").exists()
+    assert not (runs / "hopper").exists(), head.eagleray("jobs", "logs", id_of(third), *options).stdout
 
 
 def test_a_queue_that_cannot_be_is_refused(head: Head, job_path: Path) -> None:

@@ -36,12 +36,16 @@ def test_it_comes_to_the_same_metrics_while_training_goes_on(ray_cluster: Connec
             order.append("trains on")
             hold.unlink()
 
-    hold.touch()  # nothing is validated until the workers are seen to train on
+    def on_message(text: str) -> None:
+        if text.startswith("checked"):
+            hold.touch()  # nothing is validated until the workers are seen to train on
+
     beside = api.train(
         digits_job(shards, tmp_path / "beside", *SETTINGS, model, "train.validation=beside"),
         name="run",
         on_epoch=lambda metrics: order.append(f"validated {metrics['epoch']:.0f}"),
         on_progress=on_progress,
+        on_message=on_message,
     ).training
     assert order == ["trains on", "validated 0", "validated 1", "validated 2"]
     for one, other in zip(inline.history, beside.history, strict=True):

@@ -95,7 +95,7 @@ def submit_job(
         (Path(directory) / "job.yaml").write_text(dump_job(portable), encoding="utf-8")
         return _submit_when_ready(
             client,
-            entrypoint=_entrypoint(portable, verb, run, resume, serves),
+            entrypoint=_entrypoint(verb, run, resume, serves),
             runtime_env={
                 "working_dir": directory,
                 "py_modules": [str(package_directory())],
@@ -167,12 +167,10 @@ def _resources_of_nodes(address: str) -> list[dict[str, float]]:
         time.sleep(POLL_S)
 
 
-def _entrypoint(job: JobConfig, verb: str, run: str, resume: bool, serves: bool) -> str:
-    eagleray = "python -m eagleray"
-    command = f"{eagleray} {verb} job.yaml {'--resume' if resume else '--name'} {shlex.quote(run)}"
-    if not serves:
-        return command
-    return f"{command} --alias champion && {eagleray} serve deploy {job.name}@champion --job job.yaml --address auto"
+def _entrypoint(verb: str, run: str, resume: bool, serves: bool) -> str:
+    """Return the job's command: one process, for Ray tells those to stop that it finds at that moment, and a shell's may yet come."""
+    command = f"exec python -m eagleray {verb} job.yaml {'--resume' if resume else '--name'} {shlex.quote(run)}"
+    return f"{command} --on-finish serve --address auto" if serves else command
 
 
 def _check_ray_version(client: JobSubmissionClient, address: str) -> None:
