@@ -46,10 +46,12 @@ def write_dataset(uri: str, damaged: int | None = None) -> Manifest:
     return manifest
 
 
-def stream_of(uri: str, rank: int = 0, world_size: int = 1, seed: int | None = 1) -> BatchStream:
+def stream_of(
+    uri: str, rank: int = 0, world_size: int = 1, seed: int | None = 1, resources: DecodeResources | None = RESOURCES
+) -> BatchStream:
     plan = EpochPlan.of(load_manifest(uri), global_batch_size=16, lanes=4, window_size=48, seed=seed)
     augment = None if seed is None else AugmentConfig(crop_scale=(0.5, 1.0))
-    return BatchStream(WindowDecoder((uri,), plan, Preprocessing(image_size=8, eval_resize=8), augment), rank, world_size, RESOURCES)
+    return BatchStream(WindowDecoder((uri,), plan, Preprocessing(image_size=8, eval_resize=8), augment), rank, world_size, resources)
 
 
 def epochs_of(stream: BatchStream, last_epoch: int = 2, first_step: int = 0) -> list[list[Batch]]:
@@ -98,6 +100,18 @@ def test_the_batches_are_the_same_for_any_number_of_workers_and_after_a_resume(r
     assert digest(resumed) == digest([[whole[0][5:], whole[1]]])
 
 
+def test_a_worker_that_decodes_by_itself_sees_the_same_batches(dataset_uri: str) -> None:
+    write_dataset(dataset_uri)
+    for first_step in (0, 5):
+        by_tasks, by_worker = (
+            epochs_of(stream_of(dataset_uri, 1, 2, resources=resources), first_step=first_step) for resources in (RESOURCES, None)
+        )
+        assert [len(epoch) for epoch in by_worker] == [10 - first_step, 10]
+        for one, other in zip(sum(by_tasks, []), sum(by_worker, []), strict=True):
+            for name in ("images", "targets", "is_valid", "sample_ids", "is_bad"):
+                assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
 def test_evaluation_goes_through_the_whole_split_in_order(ray_cluster: Connection, tmp_path: Path) -> None:
     uri = str(tmp_path / "data")
     write_dataset(uri)
@@ -117,9 +131,10 @@ def test_a_damaged_picture_loses_its_vote_but_moves_nobody(ray_cluster: Connecti
     assert sum(int(batch.is_valid.sum()) for batch in damaged[0]) == NUM_ROWS - 1
 
 
-def test_a_missing_shard_is_named(ray_cluster: Connection, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resources", [RESOURCES, None])
+def test_a_missing_shard_is_named(ray_cluster: Connection, tmp_path: Path, resources: DecodeResources | None) -> None:
     uri = str(tmp_path / "data")
     write_dataset(uri)
     (tmp_path / "data" / "shard-00001.parquet").unlink()
     with pytest.raises(DataError, match=r"shard-00001.parquet.*missing though the manifest lists it"):
-        epochs_of(stream_of(uri), 1)
+        epochs_of(stream_of(uri, resources=resources), 1)

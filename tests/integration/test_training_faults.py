@@ -40,6 +40,7 @@ from eagleray.training.board import Progress
 pytestmark = pytest.mark.slow
 
 STEPS = 15  # of an epoch
+BY_TASKS = "data.decode=cluster"  # of which more can fail; the undisturbed runs have their workers decode
 
 
 def slow_model(step_s: float, hold: Path | str = "") -> str:
@@ -95,7 +96,7 @@ def test_a_run_that_is_interrupted_and_whose_driver_is_killed_ends_like_an_undis
         "train.epochs=8",
         "data.test=null",
     )
-    job = digits_job(shards, tmp_path / "disturbed", slow_model(0.15), *settings)
+    job = digits_job(shards, tmp_path / "disturbed", slow_model(0.15), BY_TASKS, *settings)
     undisturbed = digits_job(shards, tmp_path / "undisturbed", slow_model(0), *settings)
     api.train(undisturbed, name="run")
 
@@ -142,7 +143,7 @@ def test_an_elastic_run_outlives_a_node_takes_in_a_new_one_and_is_ready_when_tha
         "train.max_failures=1",
         "data.test=null",
     )
-    job = digits_job(shards, tmp_path, slow_model(0.3, tmp_path / "hold"), *settings)
+    job = digits_job(shards, tmp_path, slow_model(0.3, tmp_path / "hold"), BY_TASKS, *settings)
     (tmp_path / "job.yaml").write_text(dump_job(job))
     script = Path(__file__).parent / "two_nodes.py"
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -177,7 +178,7 @@ def test_serving_borrows_a_worker_of_an_elastic_run_and_gives_it_back(
 
     monkeypatch.setattr(trainer, "ELASTIC_CHECK_S", 5.0)
     settings = ("train.num_workers={min: 1, max: 2}", "train.epochs=16", "train.checkpoint_every_epochs=16", "data.test=null")
-    job = digits_job(shards, tmp_path, slow_model(0.2), *settings)
+    job = digits_job(shards, tmp_path, slow_model(0.2), BY_TASKS, *settings)
     said: list[str] = []
     progress: list[Progress] = []
     epochs: list[dict[str, float]] = []
@@ -237,6 +238,7 @@ def test_the_store_may_be_away_for_twenty_seconds(ray_cluster: Connection, s3_st
         shards,
         tmp_path,
         slow_model(0.1),
+        BY_TASKS,
         f"workspace={{root: '{s3_store.bucket_uri}/work', tracking_uri: 'sqlite:///{tmp_path}/mlflow.db'}}",
         *(f"data.{split}={s3_store.bucket_uri}/data/{split}" for split in ("train", "val")),
         "data.test=null",

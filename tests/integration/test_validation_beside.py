@@ -24,7 +24,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_comes_to_the_same_metrics_while_training_goes_on(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:
-    """To the last bit, of two workers; and the best epoch's weights and confusions are kept as ever."""
+    """To the last bit, of two workers, whoever decodes; and the best epoch's weights and confusions are kept as ever."""
     hold = tmp_path / "hold"
     model = f"model={{name: 'models_for_tests:slow', params: {{step_s: 0.05, eval_hold: '{hold}'}}}}"
     inline = api.train(digits_job(shards, tmp_path / "inline", *SETTINGS, model), name="run").training
@@ -41,7 +41,7 @@ def test_it_comes_to_the_same_metrics_while_training_goes_on(ray_cluster: Connec
             hold.touch()  # nothing is validated until the workers are seen to train on
 
     beside = api.train(
-        digits_job(shards, tmp_path / "beside", *SETTINGS, model, "train.validation=beside"),
+        digits_job(shards, tmp_path / "beside", *SETTINGS, model, "train.validation=beside", "data.decode=cluster"),
         name="run",
         on_epoch=lambda metrics: order.append(f"validated {metrics['epoch']:.0f}"),
         on_progress=on_progress,

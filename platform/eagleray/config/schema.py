@@ -254,6 +254,10 @@ class DataConfig(Section):
     """Samples that are mixed with each other at a time; row groups are permuted over the whole epoch besides. By default
     1,024, 8 global batches or 32 row groups, whichever is most. A rank's part of it is read into memory at once."""
 
+    decode: Literal["auto", "cluster", "worker"] = "auto"
+    """Who decodes: tasks anywhere on the cluster, or each worker as it goes; auto: workers on CPUs where pictures have at most
+    64 px and 4,096 bytes, which are decoded in less time than they are handed over."""
+
     max_bad_fraction: Fraction = 0.001
     """A run stops when more than this share of an epoch's pictures cannot be decoded."""
 

@@ -74,6 +74,10 @@ class Manifest(_Record):
         return sum(shard.rows for shard in self.shards)
 
     @cached_property
+    def bytes_per_picture(self) -> float:
+        return sum(shard.size_bytes for shard in self.shards) / max(1, self.num_rows)
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over everything but the source's address and the shards' names: the identity of the data itself."""
         excluded: Any = {"source": True, "shards": {"__all__": {"path"}}}

@@ -2,7 +2,8 @@
 
 A task decodes one window of the plan (see `window`), anywhere in the cluster; Ray Data's back-pressure
 bounds what lies ready. All epochs are one stream: the next epoch's first batches are made while this
-one is being validated.
+one is being validated. Pictures so small that handing them over takes longer than decoding them are
+decoded by the worker itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,17 @@ class Batch:
     sample_ids: NDArray[np.int64]
     is_bad: NDArray[np.bool_]
 
+    @classmethod
+    def of(cls, rows: dict[str, NDArray[Any]]) -> Batch:
+        """Return rows of a block of the decoder's."""
+        return cls(
+            images=torch.from_numpy(rows["image"]),
+            targets=torch.from_numpy(rows["label"]),
+            is_valid=torch.from_numpy(rows["is_valid"]),
+            sample_ids=rows["sample_id"],
+            is_bad=rows["is_bad"],
+        )
+
 
 @dataclass(frozen=True)
 class DecodeResources:
@@ -61,9 +74,12 @@ class BatchStream:
     """One rank's batches, epoch after epoch, in the plan's order.
 
     Iterate epochs with `epochs`; each gives an iterator of its batches.
+
+    Args:
+        resources: of the tasks that decode; None: this process decodes, when it takes the batches.
     """
 
-    def __init__(self, decoder: WindowDecoder, rank: int, world_size: int, resources: DecodeResources) -> None:
+    def __init__(self, decoder: WindowDecoder, rank: int, world_size: int, resources: DecodeResources | None) -> None:
         self.decoder = decoder
         self.rank = rank
         self.world_size = world_size
@@ -84,10 +100,26 @@ class BatchStream:
         plan = self.decoder.plan
         first_window, skipped = plan.window_of(first_step)
         windows = [(epoch, window) for epoch in range(first_epoch, last_epoch) for window in range(plan.num_windows)][first_window:]
+        if self.resources is None:
+            yield from self._decode_here(windows, skipped)
+            return
         for start in range(0, len(windows), WINDOWS_PER_EXECUTION):
-            yield from self._execute(windows[start : start + WINDOWS_PER_EXECUTION], skipped if start == 0 else 0)
+            yield from self._execute(windows[start : start + WINDOWS_PER_EXECUTION], skipped if start == 0 else 0, self.resources)
 
-    def _execute(self, windows: list[tuple[int, int]], skipped: int) -> Iterator[Batch]:
+    def _decode_here(self, windows: list[tuple[int, int]], skipped: int) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as reader:  # one window ahead: it may be far away
+            reads = (
+                reader.submit(self.decoder.read, *window, self.rank, self.world_size, skipped if place == 0 else 0)
+                for place, window in enumerate(windows)
+            )
+            ahead = next(reads, None)
+            while ahead is not None:
+                window, ahead = ahead.result(), next(reads, None)
+                for block in self.decoder.decode(window):
+                    for start in range(0, len(block["label"]), self._batch_size):
+                        yield Batch.of({name: values[start : start + self._batch_size] for name, values in block.items()})
+
+    def _execute(self, windows: list[tuple[int, int]], skipped: int, resources: DecodeResources) -> Iterator[Batch]:
         import ray.data
 
         from eagleray.data.pace import Paced
@@ -104,8 +136,8 @@ class BatchStream:
         dataset = ray.data.from_blocks(places).map_batches(
             decode,
             batch_size=None,
-            num_cpus=self.resources.cpus,
-            compute=ray.data.TaskPoolStrategy(self.resources.tasks),
+            num_cpus=resources.cpus,
+            compute=ray.data.TaskPoolStrategy(resources.tasks),
             label_selector=off_group("serve"),
         )
         options = dataset.context.execution_options
@@ -117,15 +149,12 @@ class BatchStream:
         dataset.context.custom_execution_callback_classes = [Paced]
         # Just below what the decoder yields at a time, so that each becomes a block as it is.
         dataset.context.target_max_block_size = decoder.block_bytes(world_size) * 9 // 10
-        batch_size = self.decoder.plan.global_batch_size // self.world_size
         with warnings.catch_warnings():
             # Blocks are read from shared memory; nothing writes to them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            for rows in dataset.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2):
-                yield Batch(
-                    images=torch.from_numpy(rows["image"]),
-                    targets=torch.from_numpy(rows["label"]),
-                    is_valid=torch.from_numpy(rows["is_valid"]),
-                    sample_ids=rows["sample_id"],
-                    is_bad=rows["is_bad"],
-                )
+            for rows in dataset.iter_batches(batch_size=self._batch_size, batch_format="numpy", prefetch_batches=2):
+                yield Batch.of(rows)
+
+    @property
+    def _batch_size(self) -> int:
+        return self.decoder.plan.global_batch_size // self.world_size

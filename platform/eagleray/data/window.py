@@ -1,4 +1,4 @@
-"""Reading and decoding one window of the plan: the work of a Ray Data task.
+"""Reading and decoding one window of the plan: the work of a Ray Data task, or of a worker itself where the pictures are small.
 
 Reading, decoding and cropping are one generator that goes through the window in the order in which its
 pictures will be used, so nothing but small uint8 blocks of finished batches leaves it. Torch is not
@@ -57,14 +57,21 @@ class WindowDecoder:
         Raises:
             DataError: a shard is missing or damaged; names it.
         """
+        yield from self.decode(self.read(epoch, window, rank, world_size, first_step))
+
+    def read(self, epoch: int, window: int, rank: int, world_size: int, first_step: int = 0) -> ReadWindow:
+        """Read what `decode` makes the blocks of. Raises DataError."""
         steps = self.plan.rank_window(epoch, window, rank, world_size)
         sample_ids, is_valid = steps.sample_ids[first_step:], steps.is_valid[first_step:]
-        pictures = self._read(np.unique(self.plan.locate(sample_ids.ravel())[0]))
-        steps_per_block = self._steps_per_block(world_size, self._image_size(epoch))
+        pictures = self._read_groups(np.unique(self.plan.locate(sample_ids.ravel())[0]))
+        return ReadWindow(epoch, sample_ids, is_valid, pictures, self._steps_per_block(world_size, self._image_size(epoch)))
+
+    def decode(self, read: ReadWindow) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield the blocks of what was read."""
         cv2.setNumThreads(1)  # tasks run side by side instead
-        for start in range(0, len(sample_ids), steps_per_block):
-            stop = start + steps_per_block
-            yield self._decode(sample_ids[start:stop].ravel(), is_valid[start:stop].ravel(), epoch, pictures)
+        for start in range(0, len(read.sample_ids), read.steps_per_block):
+            part = slice(start, start + read.steps_per_block)
+            yield self._decode(read.sample_ids[part].ravel(), read.is_valid[part].ravel(), read.epoch, read.pictures)
 
     def explain(self, sample_id: int) -> dict[str, str]:
         """Return the `key`, `shard` and `reason` of a picture that could not be decoded."""
@@ -96,7 +103,7 @@ class WindowDecoder:
     def _read_shard(self, part: int, path: str, row_groups: list[int]) -> list[pa.Table]:
         return read_row_groups(self.uris[part], path, row_groups, self.read_options[part] if self.read_options else ReadOptions())
 
-    def _read(self, groups: NDArray[np.int64]) -> dict[int, _Pictures]:
+    def _read_groups(self, groups: NDArray[np.int64]) -> dict[int, _Pictures]:
         by_shard: dict[tuple[int, str], list[int]] = {}
         for group in groups.tolist():
             row_group = self.plan.row_groups[group]
@@ -145,6 +152,23 @@ class WindowDecoder:
             out[:] = decode_eval(data, size, self.preprocessing)
             return
         decode_train(data, size, self.augment, len(out), rng, out)
+
+
+@dataclass(frozen=True)
+class ReadWindow:
+    """One rank's part of a window, not decoded yet.
+
+    Attributes:
+        sample_ids: int64 [steps, B].
+        is_valid: bool [steps, B].
+        pictures: by their row group's place in the plan.
+    """
+
+    epoch: int
+    sample_ids: NDArray[np.int64]
+    is_valid: NDArray[np.bool_]
+    pictures: dict[int, _Pictures]
+    steps_per_block: int
 
 
 class SampleRandom:

@@ -24,7 +24,7 @@ from eagleray.artifacts.pretrained import load_pretrained
 from eagleray.config.schema import JobConfig
 from eagleray.data.mixture import load_training_set
 from eagleray.data.plan import EpochPlan
-from eagleray.data.shards import ReadOptions, load_manifest
+from eagleray.data.shards import Manifest, ReadOptions, load_manifest
 from eagleray.data.stream import Batch, BatchStream, DecodeResources
 from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.data.window import WindowDecoder
@@ -55,6 +55,9 @@ from eagleray.training.parallel import (
     with_sync_batch_norm,
 )
 from eagleray.training.recipe import build_ema, build_optimizer, build_schedule, learning_rate, sample_losses
+
+SMALL_PX, SMALL_BYTES = 64, 4096
+"""Of pictures that are decoded in less time than they are handed over from another process."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def train(  # noqa: PLR0912, PLR0915 - to be read in one piece
 
     read_options = tuple(ReadOptions.of(manifest, job.data) for manifest in data.manifests)
     decoder = WindowDecoder(data.uris, plan, preprocessing, job.data.augment, read_options, job.data.train_size)
-    train_stream = BatchStream(decoder, worker.rank, worker.world_size, worker.train_decode)
+    train_stream = BatchStream(decoder, worker.rank, worker.world_size, _decoding(job, data.manifests, worker, worker.train_decode))
     train_epochs = train_stream.epochs(first_epoch, job.train.epochs, first_step)
     val_epochs = eval_stream(job, job.data.val, worker).epochs(first_epoch, job.train.epochs)
 
@@ -316,7 +319,16 @@ def eval_stream(job: JobConfig, uri: str, worker: Worker) -> BatchStream:
     manifest = load_manifest(uri)
     plan = EpochPlan.of(manifest, job.train.global_batch_size, job.data.lanes, job.data.shuffle_window, seed=None)
     decoder = WindowDecoder((uri,), plan, Preprocessing.of(job.data), augment=None, read_options=(ReadOptions.of(manifest, job.data),))
-    return BatchStream(decoder, worker.rank, worker.world_size, worker.eval_decode)
+    return BatchStream(decoder, worker.rank, worker.world_size, _decoding(job, (manifest,), worker, worker.eval_decode))
+
+
+def _decoding(job: JobConfig, manifests: Sequence[Manifest], worker: Worker, tasks: DecodeResources) -> DecodeResources | None:
+    """Return what the tasks that decode may use; None: the worker decodes."""
+    where = job.data.decode
+    if where == "auto":
+        is_small = job.data.image_size <= SMALL_PX and max(manifest.bytes_per_picture for manifest in manifests) <= SMALL_BYTES
+        where = "worker" if is_small and worker.device.type == "cpu" else "cluster"
+    return tasks if where == "cluster" else None
 
 
 def _evaluated(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
