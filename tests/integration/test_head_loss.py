@@ -23,7 +23,9 @@ def test_a_new_head_with_a_new_token_goes_on_with_the_run(tmp_path: Path) -> Non
     """Who still has the old token is told so. The list of jobs went with the head; runs are in the workspace."""
     job_path, history = tmp_path / "job.yaml", tmp_path / "work" / "runs" / "lost" / "history.json"
     write_digit_shards(tmp_path / "shards")
-    job_path.write_text(dump_job(digits_job(tmp_path / "shards", tmp_path / "work", f"train.epochs={EPOCHS}", "data.test=null", "data.decode=cluster")))
+    job_path.write_text(
+        dump_job(digits_job(tmp_path / "shards", tmp_path / "work", f"train.epochs={EPOCHS}", "data.test=null", "data.decode=cluster"))
+    )
     head = Head(cluster_environment(), forks=True)
     submit = ("submit", str(job_path), "--address", head.jobs_address)
     with started_head(head):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_a_worker_that_decodes_by_itself_sees_the_same_batches(dataset_uri: str)
             epochs_of(stream_of(dataset_uri, 1, 2, resources=resources), first_step=first_step) for resources in (RESOURCES, None)
         )
         assert [len(epoch) for epoch in by_worker] == [10 - first_step, 10]
-        for one, other in zip(sum(by_tasks, []), sum(by_worker, []), strict=True):
+        for one, other in zip(chain.from_iterable(by_tasks), chain.from_iterable(by_worker), strict=True):
             for name in ("images", "targets", "is_valid", "sample_ids", "is_bad"):
                 assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
