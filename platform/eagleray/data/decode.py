@@ -105,6 +105,7 @@ def decode_trusted(data: Encoded) -> NDArray[np.uint8]:
     return decode_raw(data) if is_raw(data) else _decode_opencv(data, reduction=1)
 
 
+_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _RAW_MAGIC = b"\x93RAW"
 _RAW_HEADER = struct.Struct("<4sIII")
 
@@ -150,7 +151,19 @@ def check_size(data: Encoded, size: tuple[int, int]) -> None:
     Raises:
         DataError: they differ; the picture may be a decompression bomb.
     """
-    _compare_size(image_size(data), size)
+    _compare_size(_png_size(data) or image_size(data), size)
+
+
+def _png_size(data: Encoded) -> tuple[int, int] | None:
+    """Return what the header of a PNG says, in a fraction of Pillow's time; None of other pictures, and where EXIF may turn it.
+
+    The header is the first chunk: its size, type, and width and height in pixels as big-endian uint32 (W3C, PNG 3rd edition, 11.2.1).
+    """
+    whole = bytes(data)
+    if not whole.startswith(_PNG_START) or b"eXIf" in whole or len(whole) < len(_PNG_START) + 8:
+        return None
+    width, height = struct.unpack_from(">II", whole, len(_PNG_START))
+    return width, height
 
 
 def _compare_size(found: tuple[int, int], expected: tuple[int, int]) -> None:

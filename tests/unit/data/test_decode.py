@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from eagleray.config.schema import AugmentConfig
-from eagleray.data.decode import crop_and_resize, decode_rgb, image_size
+from eagleray.data.decode import check_size, crop_and_resize, decode_rgb, image_size
 from eagleray.data.transforms import Preprocessing, decode_train, eval_image, normalize, random_resized_crop
 from eagleray.errors import DataError
 
@@ -81,6 +81,23 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     bomb += struct.pack(">I", len(idat)) + b"IDAT" + idat + struct.pack(">I", zlib.crc32(b"IDAT" + idat))
     with pytest.raises(DataError, match="pixels, the limit is"):
         decode_rgb(bomb)
+
+
+@pytest.mark.parametrize("orientation", [None, 6])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_of_another_size_than_the_shard_says_is_refused(kind: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    data = encode(Image.fromarray(PHOTO), kind, exif=exif)
+    shown, turned = ((640, 427), (427, 640)) if orientation is None else ((427, 640), (640, 427))
+    assert image_size(data) == shown
+    check_size(data, shown)
+    for size in (turned, (640, 426), (1, 1)):
+        with pytest.raises(DataError, match=f"{shown[0]}x{shown[1]} pixels, the shard says {size[0]}x{size[1]}"):
+            check_size(data, size)
+    with pytest.raises(DataError):
+        check_size(data[:18], shown)
 
 
 @pytest.mark.parametrize("box", [(0, 0, 640, 427), (100, 50, 300, 300), (17, 33, 61, 80)])
