@@ -73,7 +73,9 @@ JobsAddress = Annotated[
     str, typer.Option("--address", help="Ray's job server: http://head:8265.", envvar="EAGLERAY_JOBS_ADDRESS", show_default=False)
 ]
 Watch = Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")]
-OnFinish = Annotated[str | None, typer.Option(help="serve: make what was trained the champion and deploy it, on the same cluster.")]
+OnFinish = Annotated[
+    Literal["serve"] | None, typer.Option(help="serve: make what was trained the champion and deploy it, on the same cluster.")
+]
 RunName = Annotated[str | None, typer.Option("--name", help="Name of the run; by default the job's name and the time.")]
 Keys = Annotated[str, typer.Option(help="Folder or s3:// URI of the keys, the endpoint's serve.keys_uri.", envvar="EAGLERAY_KEYS")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")]
@@ -277,7 +279,7 @@ def train(
     """Train the job's model by DDP and register the best checkpoint."""
     from eagleray import api
 
-    if serves := _serves(on_finish):
+    if on_finish == "serve":
         alias = alias or "champion"
     job = api.load_job(job_file, overrides)
     console.print(
@@ -308,7 +310,7 @@ def train(
             "history": trained.training.history,
         },
     )
-    if serves:
+    if on_finish == "serve":
         _deploy(job.workspace, {"champion": trained.version.reference}, job.serve, address)
 
 
@@ -877,9 +879,8 @@ def submit(
     """Run a job file on a cluster; Ctrl-C leaves the job running. Exits 1 if the job fails."""
     from eagleray import api
 
-    serves = _serves(on_finish)
     job = api.load_job(job_file, overrides)
-    submission = api.submit(job, address, verb=verb, name=name, resume=resume, serves=serves, queue=queue)
+    submission = api.submit(job, address, verb=verb, name=name, resume=resume, serves=on_finish == "serve", queue=queue)
     _submitted(submission, address, detach)
 
 
@@ -1142,12 +1143,6 @@ def _say(text: str) -> None:
 def end_as_by_ctrl_c() -> None:
     """Let SIGTERM do what Ctrl-C does: leave every block as it is meant to be left."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-
-
-def _serves(on_finish: str | None) -> bool:
-    if on_finish not in (None, "serve"):
-        raise ConfigError(f"--on-finish '{on_finish}': expected serve")
-    return on_finish is not None
 
 
 def _deploy(workspace: WorkspaceConfig, versions: dict[str, str], config: ServingConfig, address: str | None) -> None:

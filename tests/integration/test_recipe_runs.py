@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray.data
 import torch
 from loop_for_tests import worker_of
 from shards_for_tests import digits_job, write_digit_shards
@@ -22,6 +24,7 @@ from eagleray.data.stream import BatchStream, DecodeResources
 from eagleray.data.transforms import Preprocessing
 from eagleray.data.window import WindowDecoder
 from eagleray.errors import ConfigError, TrainingError
+from eagleray.training import loop
 from eagleray.training.loop import train
 from eagleray.training.mixing import Inputs
 from eagleray.training.parallel import gradient_sync
@@ -41,6 +44,34 @@ def states(job: JobConfig, tmp_path: Path, resume: dict[str, Any] | None = None)
     for pause in train(job, worker_of(), resume):
         torch.save(pause.state(), tmp_path / "state.pt")
         yield pause.metrics, torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "by_tasks"),
+    [
+        ((), 4096, False),
+        ((), 10, True),
+        (("data.decode=cluster",), 4096, True),
+        (("data.image_size=96",), 4096, True),
+        (("data.image_size=96", "data.decode=worker"), 4096, False),
+    ],
+)
+def test_small_pictures_are_decoded_by_the_worker(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], limit: int, by_tasks: bool
+) -> None:
+    """Those that have more than `limit` bytes on average are not small."""
+
+    class HandedOverError(Exception):
+        pass
+
+    def hand_over(*arguments: Any) -> None:
+        raise HandedOverError
+
+    monkeypatch.setattr(ray.data, "from_blocks", hand_over)
+    monkeypatch.setattr(loop, "SMALL_BYTES", limit)
+    job = digits_job(shards, tmp_path, "train.num_workers=1", "train.epochs=1", *settings)
+    with pytest.raises(HandedOverError) if by_tasks else nullcontext():
+        list(train(job, worker_of()))
 
 
 def test_parts_of_a_batch_give_the_step_of_the_whole(ray_cluster: Connection, shards: Path, tmp_path: Path) -> None:

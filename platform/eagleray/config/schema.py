@@ -255,8 +255,8 @@ class DataConfig(Section):
     1,024, 8 global batches or 32 row groups, whichever is most. A rank's part of it is read into memory at once."""
 
     decode: Literal["auto", "cluster", "worker"] = "auto"
-    """Who decodes: tasks anywhere on the cluster, or each worker as it goes; auto: workers on CPUs where pictures have at most
-    64 px and 4,096 bytes, which are decoded in less time than they are handed over."""
+    """Who decodes: tasks anywhere on the cluster, or each worker as it goes; auto: workers on CPUs where `image_size` is at most
+    64 px and a picture has 4,096 bytes or fewer on average, so that handing it over would be most of the work."""
 
     max_bad_fraction: Fraction = 0.001
     """A run stops when more than this share of an epoch's pictures cannot be decoded."""

@@ -2,8 +2,8 @@
 
 A task decodes one window of the plan (see `window`), anywhere in the cluster; Ray Data's back-pressure
 bounds what lies ready. All epochs are one stream: the next epoch's first batches are made while this
-one is being validated. Pictures so small that handing them over takes longer than decoding them are
-decoded by the worker itself.
+one is being validated. Where pictures are so small that handing them over would be most of the work, the
+worker decodes them itself.
 """
 
 from __future__ import annotations

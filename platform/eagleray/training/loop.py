@@ -57,7 +57,7 @@ from eagleray.training.parallel import (
 from eagleray.training.recipe import build_ema, build_optimizer, build_schedule, learning_rate, sample_losses
 
 SMALL_PX, SMALL_BYTES = 64, 4096
-"""Of pictures that are decoded in less time than they are handed over from another process."""
+"""Side and mean size of pictures up to which a worker on a CPU decodes by itself: handing them over would be most of the work."""
 
 
 @dataclass(frozen=True)
