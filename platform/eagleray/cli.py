@@ -1150,7 +1150,7 @@ def _deploy(workspace: WorkspaceConfig, versions: dict[str, str], config: Servin
     from eagleray import api
     from eagleray.cluster.connect import connected
 
-    with connected(address):
+    with connected(address, serves_tls=config.tls_cert_path is not None):
         url = api.serve(workspace, versions, config, address=address)
         model = api.open_registry(workspace).resolve(versions["champion"]).name
         console.print(backends_table(api.serve_status(address), model))

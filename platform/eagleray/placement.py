@@ -26,7 +26,12 @@ LONGEST_WAIT_S = 30 * 24 * 3600
 
 def node_environment(groups: str) -> dict[str, str]:
     """Return the environment of every node, given the groups as JSON."""
-    return {"RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_START_TIMEOUT_SECONDS": str(LONGEST_WAIT_S), NODE_GROUPS_VARIABLE: groups}
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # between replicas, as on a Ray that is started here
+        "RAY_JOB_START_TIMEOUT_SECONDS": str(LONGEST_WAIT_S),
+        NODE_GROUPS_VARIABLE: groups,
+    }
 
 
 @dataclass(frozen=True)

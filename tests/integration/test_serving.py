@@ -159,17 +159,6 @@ def test_pictures_of_one_request_are_one_batch(client: httpx.Client, batches: Ca
     assert tuple(np.subtract(batches(), before)) == (1, 8)
 
 
-def test_requests_that_come_together_share_batches(client: httpx.Client, batches: Callable[[], tuple[int, int]]):
-    before = batches()
-    body, headers = picture(), {"X-Variant": "champion"}
-    with ThreadPoolExecutor(24) as pool:
-        statuses = list(pool.map(lambda _: client.post("/predict/digits", content=body, headers=headers).status_code, range(240)))
-    num_batches, num_pictures = np.subtract(batches(), before)
-    assert set(statuses) == {200}
-    assert num_pictures == 240
-    assert num_batches < 200
-
-
 def test_the_open_inference_protocol_answers_for_tensors(client: httpx.Client):
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").status_code == 200

@@ -6,7 +6,7 @@ import signal
 import tempfile
 
 import torch
-from jobs.benchmarks.servers.common import BATCH_WAIT_S, MAX_BATCH_SIZE, ServeTask, task
+from jobs.benchmarks.servers.common import MAX_BATCH_SIZE, ServeTask, task
 from jobs.benchmarks.systems.protocol import answer
 
 from eagleray import api
@@ -41,7 +41,7 @@ def register(workspace: WorkspaceConfig, to_do: ServeTask, seed: int = 0) -> int
 
 
 def serving_config(to_do: ServeTask) -> ServingConfig:
-    options = {"port": to_do.port, "max_batch_size": MAX_BATCH_SIZE, "batch_wait_s": BATCH_WAIT_S, "backend": to_do.backend}
+    options = {"port": to_do.port, "max_batch_size": MAX_BATCH_SIZE, "backend": to_do.backend}
     return ServingConfig.model_validate(options)
 
 

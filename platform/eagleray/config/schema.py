@@ -803,10 +803,7 @@ class ServingConfig(Section):
     """Replicas of each variant, or `{min, max, idle_s}` for as many as the requests need."""
 
     max_batch_size: PositiveInt = 32
-    """Pictures that a replica classifies at once."""
-
-    batch_wait_s: Annotated[float, Field(ge=0.0, le=1.0)] = 0.002
-    """Longest time a request waits for others to share its batch."""
+    """Pictures that a replica classifies at once: those that have come while it classified the ones before. None waits for others."""
 
     max_queued_requests: PositiveInt = 256
     """Requests waiting for a variant before the next one is refused with 503."""

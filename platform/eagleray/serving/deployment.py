@@ -16,6 +16,7 @@ from ray import serve
 from eagleray.config.schema import BackendName, ServingConfig
 from eagleray.errors import DataError, ServingError
 from eagleray.serving.backends import share_of_cores
+from eagleray.serving.batching import Batcher
 from eagleray.serving.metrics import ReplicaMetrics
 
 if TYPE_CHECKING:
@@ -63,14 +64,14 @@ class Classifier:
         predictor = partial(Predictor, package_uri, share_of_cores(num_replicas), trusted_keys, backend=backend)
         self._predictor = self._model_thread.submit(predictor).result()
         self._metrics = ReplicaMetrics()
+        self._in_batches = Batcher(self._run_batch, max_size=1)  # `reconfigure` says how many
         self._batches = 0
         self._pictures = 0
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         serving = ServingConfig.model_validate(config)
         self._predictor.max_pixels = serving.max_image_pixels
-        self._run_batch.set_max_batch_size(serving.max_batch_size)  # type: ignore[attr-defined]
-        self._run_batch.set_batch_wait_timeout_s(serving.batch_wait_s)  # type: ignore[attr-defined]
+        self._in_batches.max_size = serving.max_batch_size
 
     async def classify(self, pictures: list[bytes], top_k: int) -> Classified:
         """Classify encoded pictures; all are refused where one cannot be decoded."""
@@ -82,19 +83,21 @@ class Classifier:
         loop = asyncio.get_running_loop()
         decoding = [loop.run_in_executor(self._decode_threads, self._predictor.decode, picture) for picture in pictures]
         images = await asyncio.gather(*decoding, return_exceptions=True)
+        decoded: list[NDArray[np.uint8]] = []
         for index, image in enumerate(images):
             if isinstance(image, DataError):
                 which = "" if len(images) == 1 else f"picture {index}: "
                 return [], f"{which}{image}"
             if isinstance(image, BaseException):
                 raise image
-        return list(await asyncio.gather(*(self._run_batch(image) for image in images))), None
+            decoded.append(image)
+        return list(await asyncio.gather(*(self._in_batches(image) for image in decoded))), None
 
     async def classify_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Classify uint8 [N, H, W, 3], RGB; returns probabilities, float32 [N, C]."""
         loop = asyncio.get_running_loop()
         images = await asyncio.gather(*(loop.run_in_executor(self._decode_threads, self._predictor.fit, rgb) for rgb in pixels))
-        return np.stack(await asyncio.gather(*(self._run_batch(image) for image in images)))
+        return np.stack(await asyncio.gather(*(self._in_batches(image) for image in images)))
 
     async def explain(self, picture: bytes, label: str | None, as_png: bool) -> Explained:
         """Show what spoke for a class (None: the most probable) in an encoded picture."""
@@ -117,7 +120,6 @@ class Classifier:
         square = seen_square(rgb.shape[0], rgb.shape[1], preprocessing)
         return {"prediction": prediction, "png": png, "heat_map": figures, "square": square, "refused": None}
 
-    @serve.batch  # type: ignore[untyped-decorator]
     async def _run_batch(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
         self._batches += 1
         self._pictures += len(images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import ssl
 import time
 import urllib.error
@@ -195,6 +196,8 @@ def _start_serve(config: ServingConfig) -> str:
         if config.grpc_port is not None:
             check_port_free("127.0.0.1", config.grpc_port)
             grpc_options = {"port": config.grpc_port, "grpc_servicer_functions": SERVICERS, "request_timeout_s": REQUEST_TIMEOUT_S + 5.0}
+        if config.tls_cert_path is not None:
+            _check_no_haproxy()
         serve.start(http_options=http_options, grpc_options=grpc_options, logging_config=QUIET)
         return _address()
     options = _serve_client().http_config
@@ -221,6 +224,16 @@ def _check_certificate(config: ServingConfig) -> None:
             f"serve.tls_cert_path {config.tls_cert_path}, serve.tls_key_path {config.tls_key_path}: cannot be used ({error}); "
             "give a certificate and its key, as PEM files"
         ) from None
+
+
+def _check_no_haproxy() -> None:
+    """Raise ServingError where requests would go through HAProxy, to which Ray Serve gives no certificate."""
+    on_node = ray.remote(num_cpus=0)(os.getenv)
+    if ray.get(on_node.remote("RAY_SERVE_ENABLE_HA_PROXY")) == "1":
+        raise ServingError(
+            "serve.tls_cert_path: the nodes of this cluster were started with RAY_SERVE_ENABLE_HA_PROXY=1, and Ray Serve's HAProxy has no HTTPS; "
+            "start them without it, or let a load balancer in front of the endpoint speak HTTPS"
+        )
 
 
 def _serve_client() -> Any:
