@@ -30,7 +30,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    # Requests go from replica to replica by gRPC rather than as Ray's tasks, which takes two thirds of the time.
+    # Requests go from replica to replica by gRPC rather than as tasks of Ray, which takes longer.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # Two messages of the raylet that are harmless and come with every small machine and every shutdown of Serve.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController|worker processes have been started",
