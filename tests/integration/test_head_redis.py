@@ -6,7 +6,6 @@ import json
 import secrets
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,13 +96,12 @@ def test_a_new_head_takes_over_while_requests_are_answered(tmp_path: Path) -> No
                 wait_until(lambda: len(statuses) > 10)
                 kill(head.nodes[0])
                 began = len(statuses)
-                time.sleep(5)
-                without_head = statuses[began:]
+                wait_until(lambda: len(statuses) > began + 20)
                 # On a machine of its own the new head would not take the node that is still there for a head.
                 (head.temp_dir / "ray_current_cluster").unlink()
                 head.start()
                 eagleray("serve", "status", "--address", head.address, "--json", str(tmp_path / "status.json"))
-            assert len(without_head) > 20 and set(statuses) == {200}
+            assert set(statuses) == {200}
             status = json.loads((tmp_path / "status.json").read_text())
             assert status["models"]["digits"]["variants"]["champion"]["state"] == "RUNNING"
             deploy("digits:2")

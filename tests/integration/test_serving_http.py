@@ -517,8 +517,8 @@ def test_where_requests_go_through_haproxy_a_certificate_is_refused(
 
 
 @contextmanager
-def deployed(registry: Registry, folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """`eagleray serve deploy` without a cluster; yields its process and port once it serves."""
+def deployed(registry: Registry, folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """`eagleray serve deploy` without a cluster; once it serves, yields its process, its port and what it has said."""
     port, job = free_port(), folder / "job.yaml"
     document = {"name": "digits", "workspace": {"root": registry.workspace.root}, "data": {"train": "-", "val": "-"}}
     job.write_text(json.dumps(document | {"serve": {"backend": "torch-fp32", "port": port}}))
@@ -530,7 +530,7 @@ def deployed(registry: Registry, folder: Path, *options: str) -> Iterator[tuple[
         while said[-1:] != ["Serving until Ctrl-C.\n"]:
             said.append(process.stdout.readline())
             assert said[-1], "".join(said)
-        yield process, port
+        yield process, port, "".join(said)
     finally:
         process.kill()
         process.wait()
@@ -538,8 +538,9 @@ def deployed(registry: Registry, folder: Path, *options: str) -> Iterator[tuple[
 
 def test_with_a_certificate_the_endpoint_speaks_https_alone(registry: Registry, tmp_path: Path):
     certificate, key = self_signed(tmp_path)
-    with deployed(registry, tmp_path, "--tls", str(certificate), str(key)) as (process, port):
+    with deployed(registry, tmp_path, "--tls", str(certificate), str(key)) as (process, port, said):
         address = f"https://127.0.0.1:{port}"
+        assert f"endpoint {address}\n" in said
         with httpx.Client(base_url=address, verify=ssl.create_default_context(cafile=certificate), timeout=60.0) as trusting:
             assert predict(trusting, "user")["model"] == "digits"
         with pytest.raises(httpx.ConnectError, match="certificate"):
@@ -551,7 +552,7 @@ def test_with_a_certificate_the_endpoint_speaks_https_alone(registry: Registry, 
 
 
 def test_where_the_command_is_killed_its_port_is_free_again(registry: Registry, tmp_path: Path):
-    with deployed(registry, tmp_path) as (process, port):
+    with deployed(registry, tmp_path) as (process, port, _):
         proxies = [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "haproxy"]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
             assert predict(client, "user")["model"] == "digits"

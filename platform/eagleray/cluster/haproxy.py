@@ -30,10 +30,14 @@ def haproxy_variables() -> Iterator[dict[str, str]]:
         return
     statistics_port, metrics_port = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as directory:  # sockets need a short path
+        program = _write_program(Path(directory))
+        if not os.access(program, os.X_OK):  # /tmp is mounted without the right to run programs
+            yield {}
+            return
         yield {
             ENABLED: "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_program(Path(directory))),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics_port),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{directory}/haproxy.cfg",

@@ -33,19 +33,24 @@ class Batcher(Generic[Item, Result]):
         return await future
 
     async def _run_what_waits(self) -> None:
-        while batch := self._next():
-            futures = [future for _, future in batch]
-            try:
-                results = await self._run([item for item, _ in batch])
-            except Exception as error:  # of whatever kind: it is the callers'
-                for future in futures:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for future, result in zip(futures, results, strict=True):
+        try:
+            while batch := self._next():
+                await self._run_batch(batch)
+        finally:
+            self._runner = None
+
+    async def _run_batch(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        try:
+            results = await self._run([item for item, _ in batch])
+            answered = list(zip(batch, results, strict=True))
+        except Exception as error:  # of whatever kind: it is the callers'
+            for _, future in batch:
                 if not future.done():
-                    future.set_result(result)
-        self._runner = None
+                    future.set_exception(error)
+            return
+        for (_, future), result in answered:
+            if not future.done():
+                future.set_result(result)
 
     def _next(self) -> list[tuple[Item, asyncio.Future[Result]]]:
         batch: list[tuple[Item, asyncio.Future[Result]]] = []

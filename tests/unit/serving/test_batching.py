@@ -79,3 +79,13 @@ async def test_a_batch_that_fails_fails_its_callers_alone() -> None:
     results = await asyncio.gather(*(batcher(i) for i in (1, -1, 2)), return_exceptions=True)
     assert [isinstance(result, ValueError) for result in results] == [True, True, False] and results[2] == 4
     assert await batcher(3) == 6
+
+
+async def test_a_batch_with_too_few_results_fails_its_callers_and_the_next_one_is_run() -> None:
+    async def run(items: list[int]) -> list[int]:
+        return items[:1]
+
+    batcher = Batcher(run, max_size=2)
+    results = await asyncio.gather(*(batcher(i) for i in range(2)), return_exceptions=True)
+    assert [isinstance(result, ValueError) for result in results] == [True, True]
+    assert await batcher(3) == 3
