@@ -194,8 +194,8 @@ class _Pictures:
     """A row group; the pictures' bytes are not copied."""
 
     def __init__(self, table: pa.Table) -> None:
-        column = table["image"].combine_chunks()
-        images = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        column = table["image"]
+        images = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
         _, offsets, data = images.buffers()
         self._offsets = np.frombuffer(offsets, np.int32)[images.offset : images.offset + len(images) + 1].tolist()
         self._data = memoryview(data).cast("B")
