@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -162,8 +163,12 @@ def prepare_environment() -> None:
     """Set what Ray reads from the environment when it is imported; what the user has set stays."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if has_token() and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if "ray" in sys.modules:  # a script of the user's imported it before; Ray reads this once
+            from ray._raylet import Config
+
+            Config.initialize("")
 
 
 def package_directory() -> Path:
