@@ -43,6 +43,8 @@ INGRESS_APPLICATION = "eagleray"
 START_TIMEOUT_S = 180.0
 UPSCALE_DELAY_S = 5.0
 """Time of more load before a replica is added."""
+LOOK_BACK_S = 11.0
+"""Time over which load is averaged (Ray Serve's default: 30 s, in which a rise is seen late; it warns below 10 s)."""
 _INGRESS_CPUS = 0.1
 _CLASSIFIER_CPUS = 0.2
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -379,6 +381,7 @@ def _number_of_replicas(config: ServingConfig) -> dict[str, Any]:
             "max_replicas": replicas.max,
             # As soon as requests wait for more than the next batch, one more replica would take them.
             "target_ongoing_requests": config.max_batch_size,
+            "look_back_period_s": LOOK_BACK_S,
             "upscale_delay_s": UPSCALE_DELAY_S,
             "downscale_delay_s": replicas.idle_s,
         }
