@@ -381,6 +381,16 @@ def test_requests_that_come_while_a_batch_runs_share_the_next_one(client: httpx.
     assert after["batches"] - before["batches"] <= 6  # one that found it idle, and then four at a time
 
 
+def test_a_replica_is_kept_busy_while_many_wait_for_it(client: httpx.Client, slow_model: str):
+    """Who has waited long looks for room as often as who has just come; else a replica idles, and its batches are not full."""
+    classifier = serve.get_deployment_handle(deployment.NAME, app_name=slow_model)
+    before = classifier.batch_counts.remote().result()["batches"]
+    with ThreadPoolExecutor(80) as pool:
+        statuses = list(pool.map(lambda _: client.post("/predict/slow", content=picture(), timeout=60).status_code, range(80)))
+    assert statuses == [200] * 80
+    assert classifier.batch_counts.remote().result()["batches"] - before <= 25  # 20 if all are full
+
+
 def test_what_is_not_begun_by_its_deadline_is_never_done(client: httpx.Client, slow_model: str):
     classifier = serve.get_deployment_handle(deployment.NAME, app_name=slow_model)
     before = classifier.batch_counts.remote().result()["pictures"]

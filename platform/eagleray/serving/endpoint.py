@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from eagleray import storage
@@ -45,6 +46,9 @@ UPSCALE_DELAY_S = 5.0
 """Time of more load before a replica is added."""
 LOOK_BACK_S = 11.0
 """Time over which load is averaged (Ray Serve's default: 30 s, in which a rise is seen late; it warns below 10 s)."""
+LONGEST_LOOK_S = 0.03
+"""Time between looks for a replica with room while requests wait (Ray Serve's default: up to 0.5 s, in which a replica that has done
+its few requests has nothing to do: the more ask, the fewer are answered)."""
 _INGRESS_CPUS = 0.1
 _CLASSIFIER_CPUS = 0.2
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -356,6 +360,7 @@ def _classifier(backend: BackendSpec, config: ServingConfig, num_replicas: int) 
         # One batch runs while the next one gathers; what is beyond both waits in the bounded queue.
         "max_ongoing_requests": 2 * config.max_batch_size,
         "max_queued_requests": config.max_queued_requests,
+        "request_router_config": RequestRouterConfig(max_backoff_s=LONGEST_LOOK_S),
         "user_config": config.model_dump(mode="json"),
     }
     assert backend.choice is not None
