@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -212,8 +213,8 @@ def training(job: JobConfig, address: str, timeline: Timeline) -> Iterator[None]
         said.append(line)
         if re.match(r"epoch +1/", line):
             break
-    if process.poll() is not None:
-        raise RuntimeError("".join(said[-10:]))
+    else:
+        raise RuntimeError(f"the run ended before its first epoch: {''.join(said[-10:])}")
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:
@@ -255,7 +256,7 @@ def report_of(timeline: Timeline, traffic: Traffic) -> Report:
             phase=name,
             requests_per_s=f"{traffic.rate(since):.0f} to {traffic.rate(until - 0.1):.0f}",
             p99_ms=round(timeline.p99(since, until) * 1000),
-            failed=sum(since <= at < until for at, _ in timeline.failures),
+            failed=str(dict(Counter(failure for at, failure in timeline.failures if since <= at < until)) or 0),
             replicas=max((count for at, count in timeline.replicas if since <= at < until), default=0),
             workers=min(timeline.workers_at(since), timeline.workers_at(until)),
         )
