@@ -29,19 +29,16 @@ import numpy as np
 from jobs.benchmarks import harness
 from jobs.benchmarks.harness import Report, console
 from jobs.benchmarks.load import Tally, ask
+from jobs.benchmarks.servers.eagleray import MODEL, register
 
 from eagleray import api
-from eagleray.artifacts.package import ModelCard, save_package
 from eagleray.cluster.connect import connected
 from eagleray.config.load import dump_job, load_job, with_values
 from eagleray.config.schema import JobConfig, ModelConfig, ServingConfig
-from eagleray.data.transforms import Preprocessing
 from eagleray.demo import job_path, write_digits
-from eagleray.models.zoo import build_model
 from eagleray.ports import free_ports
 from eagleray.serving.deployment import NAME as CLASSIFIER
 
-MODEL = "waiting"
 STEP_S = 0.2
 """Of training, as if on a device of its own."""
 
@@ -144,21 +141,7 @@ def write_job(root: Path) -> JobConfig:
 def serve(job: JobConfig) -> str:
     """Serve a network that takes `PICTURE_S` for each picture; return where it is asked."""
     config = ModelConfig(name="jobs.benchmarks.waiting:cnn", params={"eval_s": PICTURE_S})
-    classes = [str(digit) for digit in range(10)]
-    uri = f"{job.workspace.models_uri}/{MODEL}"
-    card = ModelCard(
-        name=MODEL,
-        model=config,
-        classes=classes,
-        preprocessing=Preprocessing(image_size=32, eval_resize=32),
-        metrics={},
-        run_name="benchmark",
-        data_digest="",
-        job={},
-        code_version="",
-    )
-    save_package(uri, build_model(config, len(classes), 32).state_dict(), card)
-    version = api.open_registry(job.workspace).register(MODEL, uri, "", {}).version
+    version = register(job.workspace, config, num_classes=10, image_size=32)
     (port,) = free_ports(1)
     options = {
         "port": port,

@@ -29,7 +29,6 @@ def node_environment(groups: str) -> dict[str, str]:
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # between replicas, as on a Ray that is started here
-        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         "RAY_JOB_START_TIMEOUT_SECONDS": str(LONGEST_WAIT_S),
         NODE_GROUPS_VARIABLE: groups,
     }

@@ -19,25 +19,28 @@ from eagleray.models.zoo import build_model
 MODEL = "benchmark"
 
 
-def register(workspace: WorkspaceConfig, to_do: ServeTask, seed: int = 0) -> int:
+def register(workspace: WorkspaceConfig, config: ModelConfig, num_classes: int, image_size: int, seed: int = 0) -> int:
     """Register the network with weights of its own; returns the version."""
     torch.manual_seed(seed)
-    config = ModelConfig(name=to_do.network)
-    classes = [str(i) for i in range(to_do.num_classes)]
+    classes = [str(i) for i in range(num_classes)]
     uri = f"{workspace.models_uri}/{MODEL}-{seed}"
     card = ModelCard(
         name=MODEL,
         model=config,
         classes=classes,
-        preprocessing=Preprocessing(image_size=to_do.image_size, eval_resize=to_do.image_size * 8 // 7),
+        preprocessing=Preprocessing(image_size=image_size, eval_resize=image_size * 8 // 7),
         metrics={},
         run_name="benchmark",
         data_digest="",
         job={},
         code_version="",
     )
-    save_package(uri, build_model(config, len(classes), to_do.image_size).state_dict(), card)
+    save_package(uri, build_model(config, num_classes, image_size).state_dict(), card)
     return api.open_registry(workspace).register(MODEL, uri, "", {}).version
+
+
+def register_task(workspace: WorkspaceConfig, to_do: ServeTask, seed: int = 0) -> int:
+    return register(workspace, ModelConfig(name=to_do.network), to_do.num_classes, to_do.image_size, seed)
 
 
 def serving_config(to_do: ServeTask) -> ServingConfig:
@@ -49,7 +52,7 @@ def main() -> None:
     to_do = task()
     with tempfile.TemporaryDirectory() as root, connected():
         workspace = WorkspaceConfig(root=root)
-        version = register(workspace, to_do)
+        version = register_task(workspace, to_do)
         api.serve(workspace, {"champion": f"{MODEL}:{version}"}, serving_config(to_do))
         answer(api.serve_status(None))
         signal.pause()

@@ -14,7 +14,7 @@ import time
 
 import psutil
 from jobs.benchmarks.servers.common import task
-from jobs.benchmarks.servers.eagleray import MODEL, register, serving_config
+from jobs.benchmarks.servers.eagleray import MODEL, register_task, serving_config
 from jobs.benchmarks.systems.protocol import answer
 
 from eagleray import api
@@ -27,7 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root, connected():
         workspace = WorkspaceConfig(root=root)
         for seed in (0, 1):
-            register(workspace, to_do, seed)
+            register_task(workspace, to_do, seed)
         # While the only replica starts again, all that comes has to wait.
         config = serving_config(to_do).model_copy(update={"max_queued_requests": 10_000})
         api.serve(workspace, {"champion": f"{MODEL}:1"}, config)

@@ -33,8 +33,6 @@ _ENVIRONMENT = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # Requests go from replica to replica by gRPC rather than as tasks of Ray, which takes longer.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    # An ingress tells of its load as often, so that replicas are added soon after a rise (Ray's default: 10 s).
-    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     # Two messages of the raylet that are harmless and come with every small machine and every shutdown of Serve.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "ServeController|worker processes have been started",
     "RAY_AIR_NEW_OUTPUT": "0",

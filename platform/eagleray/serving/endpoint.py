@@ -45,7 +45,7 @@ START_TIMEOUT_S = 180.0
 UPSCALE_DELAY_S = 5.0
 """Time of more load before a replica is added."""
 LOOK_BACK_S = 11.0
-"""Time over which load is averaged (Ray Serve's default: 30 s, in which a rise is seen late; it warns below 10 s)."""
+"""Time over which load is averaged (Ray Serve's default: 30 s, in which a rise is seen late); longer than the 10 s between reports of it."""
 LONGEST_LOOK_S = 0.03
 """Time between looks for a replica with room while requests wait (Ray Serve's default: up to 0.5 s, in which a replica that has done
 its few requests has nothing to do: the more ask, the fewer are answered)."""
