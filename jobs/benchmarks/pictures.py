@@ -59,6 +59,11 @@ def encode_picture(seed: int) -> bytes:
     return bytes(cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(92, 97))])[1])
 
 
+def photograph_of(seed: int) -> int:
+    """Return the number of the photograph that `encode_picture` cuts this picture from."""
+    return int(np.random.default_rng(seed).integers(len(_photographs())))
+
+
 _cache: list[NDArray[np.uint8]] = []
 
 

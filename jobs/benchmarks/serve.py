@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from jobs.benchmarks.harness import Report, TurnError, console
 from jobs.benchmarks.load import LoadTask
 from jobs.benchmarks.pictures import make_pictures
 from jobs.benchmarks.servers.common import TASK, ServeTask
+from jobs.benchmarks.servers.trained import TrainTask
 from jobs.benchmarks.systems.protocol import rotated
 
 START_TIMEOUT_S = 180.0
 NUM_PICTURES = 64
 OURS = "eagleray"
+OURS_INT8 = "eagleray, int8 allowed"
 TORCH = ("torch", "torchvision", "pillow")
 
 
@@ -62,10 +65,13 @@ class Server:
     form_field: str | None = None
     """Where pictures are sent as a form's file rather than as the body."""
     backend: str = "auto"
+    int8_agreement: float | None = None
+    """Where given: a trained network, of which int8 may change so few answers; in the first regime alone."""
 
 
 SERVERS = (
     Server(OURS, "eagleray", path="/predict/benchmark"),
+    Server(OURS_INT8, "eagleray", path="/predict/benchmark", int8_agreement=0.98),
     Server("eagleray, torch-fp32", "eagleray", path="/predict/benchmark", backend="torch-fp32"),
     Server("bare FastAPI", "bare_fastapi", ("fastapi", "uvicorn[standard]")),
     Server("LitServe", "lit_serve", ("litserve", "python-multipart"), form_field="content"),
@@ -84,7 +90,7 @@ class Sizes:
 
 
 FULL = Sizes((1, 8, 32), 8.0, 3, 600.0, SERVERS)
-QUICK = Sizes((1, 8), 4.0, 1, 60.0, SERVERS[:3])
+QUICK = Sizes((1, 8), 4.0, 1, 60.0, SERVERS[:4])
 
 
 @dataclass
@@ -92,6 +98,26 @@ class Bench:
     directory: Path
     sizes: Sizes
     report: Report = field(default_factory=Report)
+
+    @cached_property
+    def trained(self) -> str:
+        """Folder of the first regime's network as a package, trained."""
+        target = self.directory / "trained"
+        task = TrainTask(LARGE.task.network, LARGE.task.image_size, LARGE.task.num_classes, str(target))
+        console.print(f"[dim]training {task.network}, so that int8 has something to change[/]")
+        found = harness.run(sys.executable, "jobs.benchmarks.servers.trained", json.dumps(asdict(task)))
+        self.report.add(f"What int8 changes, {LARGE.name}", **found)
+        return str(target)
+
+    def task(self, regime: Regime, server: Server) -> ServeTask:
+        is_trained = server.int8_agreement is not None
+        return replace(
+            regime.task,
+            port=_free_port(),
+            backend=server.backend,
+            package=self.trained if is_trained else None,
+            int8_agreement=server.int8_agreement,
+        )
 
     def bodies(self, regime: Regime, form_field: str | None) -> tuple[list[str], dict[str, str]]:
         """Return files with the requests' bodies, and their headers."""
@@ -126,10 +152,11 @@ def _form(jpeg: bytes, name: str, boundary: str) -> bytes:
 def measure_peers(bench: Bench) -> None:
     """Closed loop in both regimes, each server alone on the machine, servers in turns."""
     for regime in (LARGE, SMALL):
-        found: dict[str, dict[int, list[dict[str, Any]]]] = {server.name: {} for server in bench.sizes.servers}
+        servers = [server for server in bench.sizes.servers if regime is LARGE or server.int8_agreement is None]
+        found: dict[str, dict[int, list[dict[str, Any]]]] = {server.name: {} for server in servers}
         notes: dict[str, str] = {}
         for number in range(bench.sizes.rounds):
-            for server in rotated(bench.sizes.servers, number):
+            for server in rotated(servers, number):
                 console.print(f"[dim]{regime.name}, round {number + 1} of {bench.sizes.rounds}: {server.name}[/]")
                 try:
                     with serving(bench, regime, server) as load:
@@ -145,7 +172,7 @@ def measure_peers(bench: Bench) -> None:
 def serving(bench: Bench, regime: Regime, server: Server) -> Iterator[Callable[[int], dict[str, Any]]]:
     """Start a server, wait until it answers; gives what asks it with so many clients. Raises TurnError."""
     python = _python(bench, server)
-    to_do = replace(regime.task, port=_free_port(), backend=server.backend)
+    to_do = bench.task(regime, server)
     bodies, headers = bench.bodies(regime, server.form_field)
     url = f"http://127.0.0.1:{to_do.port}{server.path}"
 
@@ -196,7 +223,13 @@ def _free_port() -> int:
 
 
 def _add(bench: Bench, regime: Regime, found: dict[str, dict[int, list[dict[str, Any]]]], notes: dict[str, str]) -> None:
-    bound = harness.run(sys.executable, "jobs.benchmarks.servers.model_bound", environment={TASK: json.dumps(asdict(regime.task))})
+    int8 = [server for server in bench.sizes.servers if server.name == OURS_INT8 and server.name in found]
+    tasks = [regime.task, *(bench.task(regime, server) for server in int8)]
+    bounds: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        bounds |= harness.run(sys.executable, "jobs.benchmarks.servers.model_bound", environment={TASK: json.dumps(asdict(task))})[
+            "images_per_s"
+        ]
     for clients in bench.sizes.clients:
         best = max((_rate(runs.get(clients)) for name, runs in found.items() if not name.startswith(OURS)), default=0.0)
         for name, runs in found.items():
@@ -213,7 +246,7 @@ def _add(bench: Bench, regime: Regime, found: dict[str, dict[int, list[dict[str,
                 p99_ms=statistics.median(turn["p99_ms"] for turn in turns) if turns else None,
                 note=notes.get(name),
             )
-        for name, rates_by_size in bound["images_per_s"].items():
+        for name, rates_by_size in bounds.items():
             size = str(min(clients, 32))
             bench.report.add(
                 regime.name, clients=clients, system=f"bound: {name} alone, batches of {size}", requests_per_s=rates_by_size[size]
@@ -224,10 +257,15 @@ def _judge(bench: Bench, regime: Regime, found: dict[str, dict[int, list[dict[st
     peers = {name: runs for name, runs in found.items() if not name.startswith(OURS)}
     for clients in bench.sizes.clients[1:]:
         best = max(peers, key=lambda name: _rate(peers[name].get(clients)))
-        if peer := _rate(peers[best].get(clients)):
-            ratio = _rate(found[OURS].get(clients)) / peer
-            wanted = f"at least {regime.goal} × the best peer"
-            bench.report.judge(f"{regime.task.network}, {clients} clients", wanted, f"{ratio:.2f} × {best}", ratio >= regime.goal)
+        if not (peer := _rate(peers[best].get(clients))):
+            continue
+        for name in (OURS, OURS_INT8):
+            if name in found:
+                ratio = _rate(found[name].get(clients)) / peer
+                wanted = f"at least {regime.goal} × the best peer"
+                bench.report.judge(
+                    f"{regime.task.network}, {clients} clients: {name}", wanted, f"{ratio:.2f} × {best}", ratio >= regime.goal
+                )
     ours, bare = found[OURS].get(1), found["bare FastAPI"].get(1)
     if regime is SMALL and ours and bare:
         added = statistics.median(turn["p50_ms"] for turn in ours) - statistics.median(turn["p50_ms"] for turn in bare)

@@ -391,10 +391,11 @@ def export_model(workspace: WorkspaceConfig, reference: str, target: str, *, enc
         encrypt: each file becomes one that only the password in `EAGLERAY_PACKAGE_PASSWORD` opens (see `decrypt_package`).
     """
     from eagleray.artifacts import signing
-    from eagleray.artifacts.package import load_package
+    from eagleray.artifacts.package import load_examples, load_package
 
     version = open_registry(workspace).resolve(reference)
-    load_package(version.package_uri)
+    card, _ = load_package(version.package_uri)
+    load_examples(version.package_uri, card)
     if not encrypt:
         storage.copy_tree(version.package_uri, target)
         return storage.normalize_uri(target)
@@ -749,6 +750,7 @@ def register_weights(
     """Measure weights on the test split, package them with their lineage, and register them as a version."""
     from eagleray.artifacts.package import ModelCard, save_package
     from eagleray.artifacts.runs import load_quarantine
+    from eagleray.data.inspection import example_pictures
     from eagleray.data.mixture import load_training_set
     from eagleray.data.transforms import Preprocessing
 
@@ -771,7 +773,7 @@ def register_weights(
         code_version=code_version(),
     )
     package_uri = storage.join(job.workspace.models_uri, job.name, run_name)
-    card = save_package(package_uri, weights, card)
+    card = save_package(package_uri, weights, card, example_pictures(job.data.val, card.preprocessing, job.data.examples))
     tags = {
         "architecture": job.model.name,
         "data_digest": card.data_digest,

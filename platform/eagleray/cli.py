@@ -540,7 +540,7 @@ def models_export(
     root: Root = DEFAULT_ROOT,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Verify a version's package and copy it: weights.safetensors and card.json."""
+    """Verify a version's package and copy it: weights.safetensors, card.json and what else it holds."""
     from eagleray import api
 
     console.print(f"exported to {api.export_model(_workspace(root, tracking_uri), reference, target, encrypt=encrypt)}")
@@ -1201,14 +1201,17 @@ def _follow(submission_id: str, address: str, until: str | None = None) -> None:
 
 def backends_table(status: dict[str, Any], model: str) -> Table:
     """Return what was measured when the versions of `model` were deployed; what computes them is marked."""
-    table = _table("version", "back end", "images/s by batch size", "largest difference of a probability", "")
+    table = _table("version", "back end", "images/s by batch size", "largest difference of a probability", "same class", "")
     for row in status["models"][model]["variants"].values():
-        for measured in row["measured"] or [{"backend": row["backend"], "images_per_s": {}, "drift": None, "refused": "as set"}]:
+        for measured in row["measured"] or [
+            {"backend": row["backend"], "images_per_s": {}, "drift": None, "agreement": None, "refused": "as set"}
+        ]:
             rates = ", ".join(f"{size}: {rate:.4g}" for size, rate in measured["images_per_s"].items())
             drift = "" if measured["drift"] is None else f"{measured['drift']:.2g}"
+            agreement = "" if measured["agreement"] is None else f"{100 * measured['agreement']:.1f} %"
             is_chosen = measured["backend"] == row["backend"]
             name = f"[bold]{measured['backend']}[/]" if is_chosen else measured["backend"]
-            table.add_row(str(row["version"]), name, rates, drift, measured["refused"] or ("chosen" if is_chosen else ""))
+            table.add_row(str(row["version"]), name, rates, drift, agreement, measured["refused"] or ("chosen" if is_chosen else ""))
     return table
 
 

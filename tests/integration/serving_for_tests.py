@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from eagleray.artifacts.package import ModelCard, save_package
@@ -37,7 +38,7 @@ def picture(seed: int = 0, width: int = 30, height: int = 20) -> bytes:
 SMALL = ModelConfig(name="cnn", params={"width": 8})
 
 
-def package(uri: str, seed: int, name: str = "digits", config: ModelConfig = SMALL) -> str:
+def package(uri: str, seed: int, name: str = "digits", config: ModelConfig = SMALL, examples: NDArray[np.uint8] | None = None) -> str:
     torch.manual_seed(seed)
     card = ModelCard(
         name=name,
@@ -50,7 +51,7 @@ def package(uri: str, seed: int, name: str = "digits", config: ModelConfig = SMA
         job={},
         code_version="",
     )
-    save_package(uri, build_model(config, len(CLASSES), 32).state_dict(), card)
+    save_package(uri, build_model(config, len(CLASSES), 32).state_dict(), card, examples)
     return uri
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import S3Store, require_debian_file
 from PIL import Image
+from shards_for_tests import write_digit_shards
 from sources_for_tests import (
     LABELS,
     encode,
@@ -38,7 +39,9 @@ from eagleray.config.schema import IngestConfig
 from eagleray.data.claim import CLAIM_NAME, claimed
 from eagleray.data.decode import decode_rgb, decode_trusted
 from eagleray.data.ingest import ingest as run_ingest
+from eagleray.data.inspection import example_pictures
 from eagleray.data.shards import Manifest, load_manifest, read_row_groups
+from eagleray.data.transforms import Preprocessing, eval_image
 from eagleray.errors import ConfigError, DataError, StorageError
 
 SMALL_SHARDS = {"shard_bytes": 2_000, "row_group_bytes": 1_000}
@@ -165,6 +168,17 @@ def test_damage_is_found_and_named(pictures: Path, ray_cluster: Connection, tmp_
     assert len(problems) == 2 and damaged.name in problems[0] and missing.name in problems[1]
     damaged.write_bytes(bytes(data[:-1]))
     assert f"{len(data) - 1} bytes instead of {len(data)}" in api.verify_data(str(tmp_path / "shards"))[0]
+
+
+def test_example_pictures_are_the_first_that_can_be_decoded(tmp_path: Path) -> None:
+    shards = write_digit_shards(tmp_path, damaged=1)
+    size = Preprocessing(image_size=12, eval_resize=12)
+    found = example_pictures(str(shards / "train"), size, 5)
+    assert found.shape == (5, 12, 12, 3) and found.dtype == np.uint8
+    rows = [row for group in read_row_groups(str(shards / "train"), "shard-00000.parquet", [0]) for row in group.to_pylist()]
+    assert np.array_equal(found[1], eval_image(decode_rgb(rows[2]["image"]), size))
+    assert len(example_pictures(str(shards / "val"), size, 1000)) == 120
+    assert example_pictures(str(shards / "val"), size, 0).shape == (0, 12, 12, 3)
 
 
 def test_the_contact_sheet_is_a_picture(pictures: Path, ray_cluster: Connection, tmp_path: Path) -> None:

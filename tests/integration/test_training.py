@@ -14,7 +14,7 @@ from loop_for_tests import run
 from shards_for_tests import digits_job, log_names, write_digit_shards
 
 from eagleray import api, storage
-from eagleray.artifacts.package import load_card, load_weights, save_package
+from eagleray.artifacts.package import load_card, load_examples, load_weights, save_package
 from eagleray.artifacts.signing import make_key_pair
 from eagleray.cluster.connect import Connection
 from eagleray.data.shards import load_manifest
@@ -52,6 +52,8 @@ def test_two_workers_learn_and_the_best_epoch_is_registered(
     card = load_card(trained.version.package_uri)
     assert card.classes == [str(label) for label in range(10)]
     assert card.job == job.model_dump(mode="json")
+    examples = load_examples(trained.version.package_uri, card)
+    assert examples is not None and examples.shape == (120, 8, 8, 3)  # all that the validation split has
     assert card.run_name == "first" and len(card.data_digest) == 64 and card.code_version.startswith("0.")
     assert api.list_models(job.workspace)[0].version == trained.version.version == 1
     assert log_names() >= {"run first, worker 0", "run first, worker 1"}
@@ -72,7 +74,7 @@ def test_each_link_from_a_version_to_its_data_is_checked(ray_cluster: Connection
         return {link.name: (link.status, link.detail) for link in found}
 
     whole = links(trusted_keys=[public], with_shards=True)
-    assert list(whole) == ["signature", "weights", "run", "job file", "code", "data", "quarantine", "shards"]
+    assert list(whole) == ["signature", "weights", "examples", "run", "job file", "code", "data", "quarantine", "shards"]
     assert {name for name, (status, _) in whole.items() if status != "holds"} <= {"code"}, whole  # unknown in a checkout with changes
 
     assert links(trusted_keys=[other])["signature"][0] == "broken"
@@ -80,6 +82,7 @@ def test_each_link_from_a_version_to_its_data_is_checked(ray_cluster: Connection
     changes: dict[str, tuple[Path, Callable[[bytes], bytes]]] = {
         "signature": (package / "card.json", lambda data: data.replace(b'"classes"', b' "classes"')),
         "weights": (package / "weights.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        "examples": (package / "examples.parquet", lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]),
         "job file": (run / "job.yaml", lambda data: data.replace(b"lr: 0.005", b"lr: 0.006")),
         "data": (shards / "train" / "manifest.json", lambda data: data.replace(b'"num_refused":0', b'"num_refused":1')),
         "quarantine": (run / "quarantine.json", lambda data: b'[{"key": "1.png", "shard": "s", "reason": "r"}]'),

@@ -31,6 +31,8 @@ class ServeTask:
     Attributes:
         network: `resnet18`, or `cnn` (convolutions 3 → 32 → 64, one layer of 128).
         backend: eagleray's `serve.backend`; peers compute with eager PyTorch.
+        package: the network trained, as eagleray's package; None: with random weights.
+        int8_agreement: eagleray's `serve.int8_agreement`.
     """
 
     network: str
@@ -38,6 +40,8 @@ class ServeTask:
     num_classes: int
     port: int
     backend: str = "auto"
+    package: str | None = None
+    int8_agreement: float | None = None
 
 
 def task() -> ServeTask:

@@ -19,15 +19,11 @@ from eagleray.models.zoo import build_model
 MODEL = "benchmark"
 
 
-def register(workspace: WorkspaceConfig, config: ModelConfig, num_classes: int, image_size: int, seed: int = 0) -> int:
-    """Register the network with weights of its own; returns the version."""
-    torch.manual_seed(seed)
-    classes = [str(i) for i in range(num_classes)]
-    uri = f"{workspace.models_uri}/{MODEL}-{seed}"
-    card = ModelCard(
+def model_card(config: ModelConfig, num_classes: int, image_size: int) -> ModelCard:
+    return ModelCard(
         name=MODEL,
         model=config,
-        classes=classes,
+        classes=[str(i) for i in range(num_classes)],
         preprocessing=Preprocessing(image_size=image_size, eval_resize=image_size * 8 // 7),
         metrics={},
         run_name="benchmark",
@@ -35,16 +31,25 @@ def register(workspace: WorkspaceConfig, config: ModelConfig, num_classes: int, 
         job={},
         code_version="",
     )
+
+
+def register(workspace: WorkspaceConfig, config: ModelConfig, num_classes: int, image_size: int, seed: int = 0) -> int:
+    """Register the network with weights of its own; returns the version."""
+    torch.manual_seed(seed)
+    uri = f"{workspace.models_uri}/{MODEL}-{seed}"
+    card = model_card(config, num_classes, image_size)
     save_package(uri, build_model(config, num_classes, image_size).state_dict(), card)
     return api.open_registry(workspace).register(MODEL, uri, "", {}).version
 
 
 def register_task(workspace: WorkspaceConfig, to_do: ServeTask, seed: int = 0) -> int:
+    if to_do.package is not None:
+        return api.open_registry(workspace).register(MODEL, to_do.package, "", {}).version
     return register(workspace, ModelConfig(name=to_do.network), to_do.num_classes, to_do.image_size, seed)
 
 
 def serving_config(to_do: ServeTask) -> ServingConfig:
-    options = {"port": to_do.port, "max_batch_size": MAX_BATCH_SIZE, "backend": to_do.backend}
+    options = {"port": to_do.port, "max_batch_size": MAX_BATCH_SIZE, "backend": to_do.backend, "int8_agreement": to_do.int8_agreement}
     return ServingConfig.model_validate(options)
 
 

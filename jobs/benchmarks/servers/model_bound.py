@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import torch
-from jobs.benchmarks.servers.common import MAX_BATCH_SIZE, task
+from jobs.benchmarks.servers.common import task
+from jobs.benchmarks.servers.eagleray import model_card, serving_config
 from jobs.benchmarks.systems.protocol import answer
 
 from eagleray.config.schema import ModelConfig
-from eagleray.data.transforms import Preprocessing
 from eagleray.models.zoo import build_model
-from eagleray.serving.backends import REFERENCE, choose, share_of_cores
+from eagleray.serving.backends import REFERENCE, choose, choose_for_package, share_of_cores
 
 
 def main() -> None:
     to_do = task()
-    torch.manual_seed(0)
-    torch.set_num_threads(share_of_cores(1))
-    model = build_model(ModelConfig(name=to_do.network), to_do.num_classes, to_do.image_size).eval()
-    preprocessing = Preprocessing(image_size=to_do.image_size, eval_resize=to_do.image_size * 8 // 7)
-    choice = choose("auto", model, preprocessing, share_of_cores(1), MAX_BATCH_SIZE, tolerance=0.02)
+    config = serving_config(to_do)
+    if to_do.package is not None:
+        choice = choose_for_package(to_do.package, config, num_replicas=1)
+    else:
+        torch.manual_seed(0)
+        torch.set_num_threads(share_of_cores(1))
+        network = ModelConfig(name=to_do.network)
+        model = build_model(network, to_do.num_classes, to_do.image_size).eval()
+        preprocessing = model_card(network, to_do.num_classes, to_do.image_size).preprocessing
+        choice = choose(config, model, preprocessing, share_of_cores(1))
     kept = {REFERENCE, choice.backend}
     answer({"images_per_s": {row.backend: row.images_per_s for row in choice.measured if row.backend in kept}})
 

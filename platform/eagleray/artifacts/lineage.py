@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from eagleray import storage
 from eagleray.artifacts import signing
 from eagleray.artifacts.checkpoint import load_state
-from eagleray.artifacts.package import CARD_NAME, ModelCard, load_card, load_weights
+from eagleray.artifacts.package import CARD_NAME, ModelCard, load_card, load_examples, load_weights
 from eagleray.artifacts.registry import ModelVersion, Registry
 from eagleray.artifacts.runs import BEST_NAME, load_quarantine, load_run_job
 from eagleray.config.schema import JobConfig
@@ -47,6 +47,7 @@ def verify_lineage(
     checks: dict[str, Callable[[], str]] = {
         "signature": lambda: _signature(version, trusted_keys),
         "weights": lambda: _weights(version, card),
+        "examples": lambda: _examples(version, card),
         "run": lambda: _run(registry, version, card),
         "job file": lambda: _job(registry, card),
         "code": lambda: _code(card, code_version),
@@ -95,6 +96,13 @@ def _weights(version: ModelVersion, card: ModelCard) -> str:
     load_weights(version.package_uri, card)
     _same("digest of the weights in the registry", card.weights_sha256, version.tags.get("weights_sha256"))
     return f"sha256 {card.weights_sha256}"
+
+
+def _examples(version: ModelVersion, card: ModelCard) -> str:
+    examples = load_examples(version.package_uri, card)
+    if examples is None:
+        raise _Unknown("the package holds no pictures")
+    return f"{len(examples)} pictures, sha256 {card.examples_sha256}"
 
 
 def _run(registry: Registry, version: ModelVersion, card: ModelCard) -> str:

@@ -1,4 +1,4 @@
-"""A model version at rest: `weights.safetensors` and `card.json`, all that serving needs, and a signature if there is one.
+"""A model version at rest: `weights.safetensors` and `card.json`, all that serving needs; example pictures and a signature if there are any.
 
 The class names and the preprocessing travel with the weights, so that serving cannot drift from
 training; the digests of weights, data and job let anybody walk back from an answer to its data.
@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import simplejpeg
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from eagleray import storage
 from eagleray.artifacts import signing
 from eagleray.config.schema import ModelConfig, Section
+from eagleray.data.decode import decode_rgb
 from eagleray.data.transforms import Preprocessing
 from eagleray.errors import RegistryError
 
@@ -22,6 +28,10 @@ if TYPE_CHECKING:
 
 CARD_NAME = "card.json"
 WEIGHTS_NAME = "weights.safetensors"
+EXAMPLES_NAME = "examples.parquet"
+
+EXAMPLE_QUALITY = 95
+"""Of JPEG: what back ends are compared on need not be what the data set holds to the last bit."""
 
 
 class ModelCard(Section):
@@ -44,12 +54,17 @@ class ModelCard(Section):
     code_version: str
     weights_sha256: str = ""
     """Filled in by `save_package`."""
+    examples_sha256: str = ""
+    """Likewise; empty: no example pictures."""
 
 
-def save_package(uri: str, state_dict: dict[str, torch.Tensor], card: ModelCard) -> ModelCard:
-    """Write weights and card under `uri`, the card last; return the card with the weights' digest.
+def save_package(uri: str, state_dict: dict[str, torch.Tensor], card: ModelCard, examples: NDArray[np.uint8] | None = None) -> ModelCard:
+    """Write weights, examples and card under `uri`, the card last; return the card with the digests.
 
     The package is signed where the environment names a key (see `signing`).
+
+    Args:
+        examples: pictures as the model sees them before they are normalised, uint8 [N, S, S, 3].
 
     Raises:
         ConfigError: the environment names a key that is none.
@@ -59,8 +74,12 @@ def save_package(uri: str, state_dict: dict[str, torch.Tensor], card: ModelCard)
 
     key = signing.signing_key()
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()})
-    card = card.model_copy(update={"weights_sha256": storage.sha256_hex(weights)})
+    encoded = b"" if examples is None or not len(examples) else _encode(examples)
+    digests = {"weights_sha256": storage.sha256_hex(weights), "examples_sha256": storage.sha256_hex(encoded) if encoded else ""}
+    card = card.model_copy(update=digests)
     storage.write_bytes(storage.join(uri, WEIGHTS_NAME), weights)
+    if encoded:
+        storage.write_bytes(storage.join(uri, EXAMPLES_NAME), encoded)
     card_bytes = card.model_dump_json(indent=2).encode()
     if key is not None:
         signing.sign(uri, card_bytes, key)
@@ -120,3 +139,30 @@ def load_weights(uri: str, card: ModelCard) -> dict[str, torch.Tensor]:
         raise RegistryError(f"'{uri}': the weights do not match the digest in {CARD_NAME}; they were changed or damaged, register again")
     tensors: dict[str, torch.Tensor] = load(weights)
     return tensors
+
+
+def load_examples(uri: str, card: ModelCard) -> NDArray[np.uint8] | None:
+    """Read the example pictures of the package at `uri`: uint8 [N, S, S, 3]; None: it holds none.
+
+    Raises:
+        RegistryError: they are not those that `card`, the package's, speaks of.
+    """
+    if not card.examples_sha256:
+        return None
+    examples_uri = storage.join(uri, EXAMPLES_NAME)
+    if not storage.exists(examples_uri):
+        raise RegistryError(f"'{uri}': {EXAMPLES_NAME}, of which {CARD_NAME} speaks, is missing; register again")
+    encoded = storage.read_bytes(examples_uri)
+    if storage.sha256_hex(encoded) != card.examples_sha256:
+        raise RegistryError(
+            f"'{uri}': the example pictures do not match the digest in {CARD_NAME}; they were changed or damaged, register again"
+        )
+    images = pq.read_table(pa.BufferReader(encoded))["image"].to_pylist()
+    return np.stack([decode_rgb(image) for image in images])
+
+
+def _encode(examples: NDArray[np.uint8]) -> bytes:
+    images = [simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), EXAMPLE_QUALITY, colorsubsampling="444") for rgb in examples]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), sink, compression="none")
+    return bytes(sink.getvalue())

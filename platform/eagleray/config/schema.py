@@ -270,6 +270,10 @@ class DataConfig(Section):
     cache_bytes: PositiveInt = 100_000_000_000
     """What `cache_dir` may hold, over all processes of a node; the least recently used goes first."""
 
+    examples: Annotated[int, Field(ge=0, le=4096)] = 192
+    """Pictures of `val` that lie in the package of a registered model, as JPEGs of `image_size`: when it is deployed, back ends
+    are compared on them, and int8 is calibrated by them. 0: none, where pictures must not leave with the model."""
+
     @field_validator("train_size", mode="before")
     @classmethod
     def _one_size(cls, value: Any) -> Any:
@@ -770,7 +774,7 @@ class SearchConfig(Section):
         return self
 
 
-BackendName = Literal["torch-fp32", "torch-bf16", "openvino-fp32", "openvino-bf16"]
+BackendName = Literal["torch-fp32", "torch-bf16", "openvino-fp32", "openvino-bf16", "openvino-int8"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
@@ -813,7 +817,12 @@ class ServingConfig(Section):
     measured there, and the fastest is taken whose probabilities are within `backend_tolerance` of PyTorch's in fp32."""
 
     backend_tolerance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
-    """Largest difference of a probability that is borne, over 64 pictures with the statistics of natural ones."""
+    """Largest difference of a probability that is borne, over the pictures in the package (`data.examples`); where it holds
+    none, over 64 with the statistics of natural ones. Not of int8."""
+
+    int8_agreement: Fraction | None = None
+    """Least share of the package's pictures whose most probable class int8 has to leave as it is, such as 0.98: several times
+    as fast, of probabilities that are off more than those of others. null: int8 is not taken into account."""
 
     trusted_keys: tuple[str, ...] = ()
     """Public keys (`eagleray models keygen`), one of which must have signed what is served; none: it need not be signed."""
@@ -843,6 +852,15 @@ class ServingConfig(Section):
     @property
     def max_replicas(self) -> int:
         return self.num_replicas.max if isinstance(self.num_replicas, AutoscaledReplicas) else self.num_replicas
+
+    @model_validator(mode="after")
+    def _int8_has_a_limit(self) -> ServingConfig:
+        if self.backend == "openvino-int8" and self.int8_agreement is None:
+            raise ValueError(
+                "serve.backend openvino-int8 changes answers; say how many at most by serve.int8_agreement, the least share of pictures "
+                "whose class it has to leave as it is, such as 0.98"
+            )
+        return self
 
     @model_validator(mode="after")
     def _others_need_keys(self) -> ServingConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from eagleray import storage
 from eagleray.data.decode import decode_trusted
@@ -86,6 +88,24 @@ def _problem(shard_uri: str, shard: ShardInfo, sizes: dict[str, int]) -> str | N
     except StorageError as error:
         return str(error)
     return None if storage.sha256_hex(data) == shard.sha256 else f"'{shard_uri}': its checksum is not the manifest's; {remedy}"
+
+
+def example_pictures(uri: str, preprocessing: Preprocessing, count: int) -> NDArray[np.uint8]:
+    """Return the first pictures of the data set at `uri` as they are brought to a model: uint8 [N, S, S, 3], N at most `count`.
+
+    Pictures are shuffled over the shards, so that they are a random sample. Those that cannot be decoded are left out.
+    """
+    found: list[NDArray[np.uint8]] = []
+    manifest = load_manifest(uri)
+    groups = ((shard, group) for shard in manifest.shards for group in range(len(shard.row_group_rows)))
+    while len(found) < count and (here := next(groups, None)) is not None:
+        shard, group = here
+        table = read_row_groups(uri, shard.path, [group])[0]
+        for data in table["image"].to_pylist()[: count - len(found)]:
+            with suppress(DataError):
+                found.append(eval_image(decode_trusted(data), preprocessing))
+    size = preprocessing.image_size
+    return np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
 
 
 def contact_sheet(uri: str, path: str | Path, columns: int = 10, max_classes: int = 40) -> None:

@@ -5,12 +5,16 @@ What a back end compiles is made in the replica from the verified weights; no co
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +30,16 @@ if TYPE_CHECKING:
 REFERENCE: BackendName = "torch-fp32"
 """What all others' probabilities are compared with; the network as it was trained and evaluated."""
 
+INT8: BackendName = "openvino-int8"
+
 MAX_THREADS = 8
 """Of a replica's model: small batches gain nothing from more."""
 
 NUM_PICTURES = 64
-"""Pictures whose probabilities are compared."""
+"""Pictures whose probabilities are compared; all that there are where int8 is to be judged, which takes more."""
+
+CALIBRATION_SHARE = 1 / 3
+"""Of the package's pictures, which int8 is calibrated by; it is compared on the others."""
 
 PART = 16
 """Of them, computed at a time: large networks need much memory for more."""
@@ -54,6 +63,8 @@ class Measured(BaseModel):
     """By size of batch."""
     drift: float | None = None
     """Largest difference of a probability from the reference's."""
+    agreement: float | None = None
+    """Share of the pictures whose most probable class is the reference's."""
     refused: str | None = None
     """Why it was not taken into account."""
 
@@ -73,53 +84,65 @@ class BackendChoice(BaseModel):
         return _speed(rates[self.backend]) / _speed(rates[REFERENCE])
 
 
-def build(backend: BackendName, model: nn.Module, preprocessing: Preprocessing, num_threads: int) -> Compute:
+def build(
+    backend: BackendName,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    num_threads: int,
+    examples: NDArray[np.uint8] | None = None,
+) -> Compute:
     """Return how `model` (in evaluation mode, on the CPU) is computed by a back end.
+
+    Args:
+        examples: the package's pictures, uint8 [N, S, S, 3]; int8 is calibrated by the first of them.
 
     Raises:
         Exception: of whatever kind, where the back end cannot take this network.
     """
     if backend.startswith("torch"):
         return _torch(model, preprocessing, is_bf16=backend == "torch-bf16")
-    return _openvino(model, preprocessing, num_threads, is_bf16=backend == "openvino-bf16")
+    graph = _exported(model, preprocessing)
+    if backend == INT8:
+        graph = _quantized(graph, _calibrates(examples))
+    return _openvino(graph, num_threads, is_bf16=backend == "openvino-bf16")
 
 
 def choose(
-    wanted: BackendName | Literal["auto"],
+    config: ServingConfig,
     model: nn.Module,
     preprocessing: Preprocessing,
     num_threads: int,
-    max_batch_size: int,
-    tolerance: float,
+    examples: NDArray[np.uint8] | None = None,
 ) -> BackendChoice:
-    """Try the back end `wanted`, or all of them with `auto`, and return the fastest whose probabilities are right.
+    """Try the back end that `config` names, or all of them with `auto`, and return the fastest whose answers are right.
 
     Args:
-        tolerance: largest difference of a probability from the reference's that is borne.
+        examples: as of `build`; None: answers are compared on pictures that are made up, and there is no int8.
 
     Raises:
-        ServingError: the one that is asked for by name cannot be had, or is off by more than `tolerance`.
+        ServingError: the one that is asked for by name cannot be had, or is off by more than `config` allows.
     """
-    pictures = sample_pictures(preprocessing.image_size)
+    pictures = sample_pictures(preprocessing.image_size) if examples is None else _compares(examples, config)
     computes: dict[BackendName, Compute] = {REFERENCE: build(REFERENCE, model, preprocessing, num_threads)}
-    rows = {REFERENCE: Measured(backend=REFERENCE, drift=0.0)}
+    rows = {REFERENCE: Measured(backend=REFERENCE, drift=0.0, agreement=1.0)}
     expected = _in_parts(computes[REFERENCE], pictures)
-    tried = BACKENDS if wanted == "auto" else (wanted,)
-    for backend in (backend for backend in tried if backend != REFERENCE):
+    for backend in _tried(config):
         rows[backend] = row = Measured(backend=backend)
         try:
-            compute = build(backend, model, preprocessing, num_threads)
-            row.drift = float(np.abs(_in_parts(compute, pictures) - expected).max())
+            compute = build(backend, model, preprocessing, num_threads, examples)
+            found = _in_parts(compute, pictures)
+            row.drift = float(np.abs(found - expected).max())
+            row.agreement = float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
         except Exception as error:  # whatever an exporter may meet in a network
             row.refused = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
-        if not row.drift <= tolerance:  # nor where it is no number
-            row.refused = f"its probabilities differ by up to {row.drift:.3g}, more than serve.backend_tolerance {tolerance:g}"
-            continue
-        computes[backend] = compute
+        row.refused = _refusal(row, config)
+        if row.refused is None:
+            computes[backend] = compute
+    wanted = config.backend
     if wanted != "auto" and wanted not in computes:
         raise ServingError(f"serve.backend {wanted}: {rows[wanted].refused}; set serve.backend: auto")
-    sizes = sorted({1, min(8, max_batch_size), max_batch_size})
+    sizes = sorted({1, min(8, config.max_batch_size), config.max_batch_size})
     _measure(computes, rows, sizes, preprocessing.image_size)
     best = max(computes, key=lambda backend: _speed(rows[backend].images_per_s)) if wanted == "auto" else wanted
     return BackendChoice(backend=best, measured=list(rows.values()))
@@ -134,12 +157,12 @@ def choose_for_package(uri: str, config: ServingConfig, num_replicas: int) -> Ba
     """
     import torch
 
-    from eagleray.artifacts.package import load_package
+    from eagleray.artifacts.package import load_examples, load_package
 
     card, model = load_package(uri, config.trusted_keys)
     num_threads = share_of_cores(num_replicas)
     torch.set_num_threads(num_threads)
-    return choose(config.backend, model, card.preprocessing, num_threads, config.max_batch_size, config.backend_tolerance)
+    return choose(config, model, card.preprocessing, num_threads, load_examples(uri, card))
 
 
 def share_of_cores(num_replicas: int) -> int:
@@ -165,8 +188,39 @@ def sample_pictures(size: int) -> NDArray[np.uint8]:
     return (brightness + contrast * waves).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
 
+def _tried(config: ServingConfig) -> list[BackendName]:
+    if config.backend != "auto":
+        return [config.backend] if config.backend != REFERENCE else []
+    return [backend for backend in BACKENDS if backend != REFERENCE and (backend != INT8 or config.int8_agreement is not None)]
+
+
+def _refusal(row: Measured, config: ServingConfig) -> str | None:
+    """Return why a back end with these figures is not taken; differences that are no number are too large as well."""
+    assert row.drift is not None and row.agreement is not None
+    if row.backend != INT8:
+        if row.drift <= config.backend_tolerance:
+            return None
+        return f"its probabilities differ by up to {row.drift:.3g}, more than serve.backend_tolerance {config.backend_tolerance:g}"
+    assert config.int8_agreement is not None
+    if row.drift <= 1 and row.agreement >= config.int8_agreement:
+        return None
+    return f"{row.agreement:.1%} of the pictures keep their class, fewer than serve.int8_agreement {config.int8_agreement:g}"
+
+
+def _calibrates(examples: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    count = 0 if examples is None else int(len(examples) * CALIBRATION_SHARE)
+    if examples is None or not count:
+        raise ServingError("the package holds no pictures to calibrate it by; register the model again with data.examples above 2")
+    return examples[:count]
+
+
+def _compares(examples: NDArray[np.uint8], config: ServingConfig) -> NDArray[np.uint8]:
+    others = examples[int(len(examples) * CALIBRATION_SHARE) :]
+    return others if INT8 in _tried(config) else others[:NUM_PICTURES]
+
+
 def _in_parts(compute: Compute, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.concatenate([compute(part) for part in np.split(pictures, len(pictures) // PART)])
+    return np.concatenate([compute(pictures[start : start + PART]) for start in range(0, len(pictures), PART)])
 
 
 def _measure(computes: dict[BackendName, Compute], rows: dict[BackendName, Measured], sizes: Sequence[int], image_size: int) -> None:
@@ -216,13 +270,13 @@ def _torch(model: nn.Module, preprocessing: Preprocessing, *, is_bf16: bool) -> 
     return compute
 
 
-def _openvino(model: nn.Module, preprocessing: Preprocessing, num_threads: int, *, is_bf16: bool) -> Compute:
+def _exported(model: nn.Module, preprocessing: Preprocessing) -> Any:
+    """Return the network from pixels to probabilities as OpenVINO's graph, so that all of it is compiled."""
+    _keep_to_ourselves()
     import openvino
     import torch
 
     class Whole(torch.nn.Module):
-        """From pixels to probabilities, so that all of it is compiled."""
-
         def __init__(self) -> None:
             super().__init__()
             self.network = model
@@ -234,7 +288,30 @@ def _openvino(model: nn.Module, preprocessing: Preprocessing, num_threads: int, 
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that are fixed; wrong answers would be noticed
-        graph = openvino.convert_model(Whole().eval(), example_input=example, input=[-1, size, size, 3])
+        return openvino.convert_model(Whole().eval(), example_input=example, input=[-1, size, size, 3])
+
+
+def _quantized(graph: Any, pictures: NDArray[np.uint8]) -> Any:
+    """Return the graph with convolutions and matrix products in int8, ranges being those that `pictures` call forth.
+
+    By NNCF's post-training quantisation; attention is treated as its own kind of network.
+    """
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    has_attention = any(node.get_type_name() == "ScaledDotProductAttention" for node in graph.get_ops())
+    with contextlib.redirect_stdout(io.StringIO()):  # its bars of progress
+        return nncf.quantize(
+            graph,
+            nncf.Dataset([picture[None] for picture in pictures]),
+            subset_size=len(pictures),
+            model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
+        )
+
+
+def _openvino(graph: Any, num_threads: int, *, is_bf16: bool) -> Compute:
+    import openvino
+
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if is_bf16 else "f32",
         "INFERENCE_NUM_THREADS": num_threads,
@@ -248,3 +325,8 @@ def _openvino(model: nn.Module, preprocessing: Preprocessing, num_threads: int, 
         return result
 
     return compute
+
+
+def _keep_to_ourselves() -> None:
+    """Make OpenVINO and NNCF do without their telemetry, which tells Google Analytics of each use unless a person has declined."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it fails then, which both allow for

@@ -327,7 +327,7 @@ def _known_choice(spec: BackendSpec, config: ServingConfig, before: tuple[Backen
     if before is None:
         return spec.choice
     up, its = before
-    asked = [(s.weights_sha256, c.backend, c.backend_tolerance, c.max_batch_size) for s, c in ((spec, config), (up, its))]
+    asked = [(s.weights_sha256, c.backend, c.backend_tolerance, c.int8_agreement, c.max_batch_size) for s, c in ((spec, config), (up, its))]
     return up.choice if asked[0] == asked[1] else None
 
 

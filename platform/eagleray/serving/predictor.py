@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eagleray.artifacts.package import load_package
+from eagleray.artifacts.package import load_examples, load_package
 from eagleray.config.schema import BackendName
 from eagleray.data.decode import DEFAULT_MAX_PIXELS, decode_rgb
 from eagleray.data.transforms import eval_image, normalize
-from eagleray.serving.backends import REFERENCE, build
+from eagleray.serving.backends import INT8, REFERENCE, build
 from eagleray.serving.explain import heat_map
 
 
@@ -42,7 +42,8 @@ class Predictor:
         cv2.setNumThreads(1)  # pictures are decoded side by side, by the caller's threads
         self.card, model = load_package(package_uri, trusted_keys)
         self.max_pixels = max_pixels
-        self._compute = build(backend, model, self.card.preprocessing, num_threads)
+        examples = load_examples(package_uri, self.card) if backend == INT8 else None
+        self._compute = build(backend, model, self.card.preprocessing, num_threads, examples)
         self._model = model.to(memory_format=torch.channels_last)
         size = self.card.preprocessing.image_size
         self.probabilities(np.zeros((1, size, size, 3), np.uint8))  # the first pass allocates; no user should wait for it

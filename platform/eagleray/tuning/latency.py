@@ -15,7 +15,7 @@ from eagleray.config.schema import JobConfig
 from eagleray.data.transforms import Preprocessing
 from eagleray.models.zoo import build_model
 from eagleray.placement import on_group
-from eagleray.serving.backends import choose_for_package, sample_pictures, share_of_cores
+from eagleray.serving.backends import INT8, choose_for_package, sample_pictures, share_of_cores
 from eagleray.serving.predictor import Predictor
 
 PICTURE_SIZE = (500, 375)
@@ -43,7 +43,8 @@ def measure(job: JobConfig, classes: list[str]) -> Figures:
     """Return the objectives that are measured, for one replica on this machine with the back end that it would choose.
 
     A request is a JPEG, decoded, scaled, classified and put into words, one after the other; its way through HTTP is not in it.
-    The price is that of the replica's cores by `tune.prices.cpu_hour` while it computes full batches. Weights are random.
+    The price is that of the replica's cores by `tune.prices.cpu_hour` while it computes full batches. Weights are random, so
+    that nobody can say whether int8 would be right once they are trained: it is measured where it is asked for by name alone.
     """
     assert job.tune is not None
     num_threads = share_of_cores(1)
@@ -60,8 +61,10 @@ def measure(job: JobConfig, classes: list[str]) -> Figures:
         code_version="",
     )
     with tempfile.TemporaryDirectory(prefix="eagleray-latency-") as package:
-        save_package(package, model.state_dict(), card)
-        choice = choose_for_package(package, job.serve.model_copy(update={"trusted_keys": ()}), num_replicas=1)
+        is_int8 = job.serve.backend == INT8
+        save_package(package, model.state_dict(), card, sample_pictures(job.data.image_size) if is_int8 else None)
+        asked = job.serve.model_copy(update={"trusted_keys": (), "int8_agreement": 0.0 if is_int8 else None})
+        choice = choose_for_package(package, asked, num_replicas=1)
         predictor = Predictor(package, num_threads, backend=choice.backend)
     times = _request_times(predictor)
     rates = next(row.images_per_s for row in choice.measured if row.backend == choice.backend)

@@ -7,11 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from numpy.typing import NDArray
 
-from eagleray.artifacts.package import ModelCard, load_card, load_package, save_package
+from eagleray.artifacts.package import ModelCard, load_card, load_examples, load_package, save_package
 from eagleray.artifacts.registry import Registry
 from eagleray.config.load import build_job
 from eagleray.config.schema import ModelConfig, WorkspaceConfig
@@ -128,7 +130,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         Registry(WorkspaceConfig(root=str(tmp_path))).versions()
 
 
-def save(uri: str) -> ModelCard:
+def save(uri: str, examples: NDArray[np.uint8] | None = None) -> ModelCard:
     torch.manual_seed(0)
     card = ModelCard(
         name="pets",
@@ -141,7 +143,7 @@ def save(uri: str) -> ModelCard:
         job={},
         code_version="1",
     )
-    return save_package(uri, build_model(CNN, 2, 8).state_dict(), card)
+    return save_package(uri, build_model(CNN, 2, 8).state_dict(), card, examples)
 
 
 def test_a_package_comes_back_as_the_same_model(tmp_path: Path) -> None:
@@ -161,6 +163,29 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(bytes(data))
     with pytest.raises(RegistryError, match="do not match the digest"):
         load_package(str(tmp_path))
+
+
+def test_example_pictures_travel_with_the_weights(tmp_path: Path) -> None:
+    examples = np.stack([np.full((8, 8, 3), 20 * i, np.uint8) for i in range(10)])
+    card = save(str(tmp_path), examples)
+    found = load_examples(str(tmp_path), load_card(str(tmp_path)))
+    assert found is not None and found.shape == examples.shape and found.dtype == np.uint8
+    assert np.abs(found.astype(int) - examples).max() <= 2
+
+    path = tmp_path / "examples.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(RegistryError, match=r"the example pictures do not match the digest in card.json; .* register again"):
+        load_examples(str(tmp_path), card)
+    path.unlink()
+    with pytest.raises(RegistryError, match=r"examples.parquet, of which card.json speaks, is missing; register again"):
+        load_examples(str(tmp_path), card)
+
+
+@pytest.mark.parametrize("examples", [None, np.empty((0, 8, 8, 3), np.uint8)])
+def test_a_package_may_hold_no_pictures(tmp_path: Path, examples: NDArray[np.uint8] | None) -> None:
+    card = save(str(tmp_path), examples)
+    assert load_examples(str(tmp_path), card) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "weights.safetensors"]
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ JOB: dict[str, Any] = {"name": "pets", "data": {"train": "shards/train", "val": 
     [
         ("train.epoch=3", r"unknown key 'train.epoch' \(did you mean 'epochs'\?\)"),
         ("train.optimizer.lrr=0.1", r"unknown key 'train.optimizer.lrr' \(did you mean 'lr'\?\)"),
+        ("serve.backend=openvino-int8", r"openvino-int8 changes answers; .*serve.int8_agreement, the least share"),
         ("trian.epochs=3", r"unknown key 'trian' \(did you mean 'train'\?\)"),
         ("tune.families={cnn: {width: {choise: [1]}}}", r"unknown key 'tune.families.cnn.width.choise' \(did you mean 'choice'\?\)"),
         ("train.optimizer.lr=-1", r"'train.optimizer.lr': input should be greater than 0, got -1"),
