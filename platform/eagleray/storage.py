@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
+import math
 import os
 import random
 import secrets
@@ -50,11 +52,19 @@ RENEW_FOR_S = 10.0
 
 FIRST_DELAY_S = 0.2
 MAX_DELAY_S = 5.0
-
-LIST_TRIES = 10
 """The longest pause before the next try doubles from the first to this; it is drawn from zero up (full jitter)."""
 
+TELL_AFTER_S = 3.0
+"""Time without success after which the log says what is tried again."""
+
+TELL_EVERY_S = 30.0
+"""Least time between two such lines of a process, whose threads mostly wait for the same store."""
+
+LIST_TRIES = 10
+
 T = TypeVar("T")
+
+_log = logging.getLogger("eagleray.storage")
 
 
 def normalize_uri(uri: str | Path) -> str:
@@ -169,11 +179,24 @@ def retrying(uri: str, action: str, operation: Callable[[], T], before_retry: Ca
             patience = RENEW_FOR_S if _is_expired(error) else RETRY_FOR_S if _passes(error) else None
             if patience is None:
                 raise
-            if time.monotonic() - start > patience:
+            waited = time.monotonic() - start
+            if waited > patience:
                 raise StorageError(f"'{uri}': could not {action}: {reason(error)}") from error
+            if waited > TELL_AFTER_S:
+                _tell(f"'{uri}': could not {action} yet, trying for {patience - waited:.0f} s more: {reason(error)}")
         time.sleep(random.uniform(0, delay))
         delay = min(2 * delay, MAX_DELAY_S)
         before_retry()
+
+
+_told_at = -math.inf
+
+
+def _tell(text: str) -> None:
+    global _told_at  # noqa: PLW0603 - of this process
+    if time.monotonic() - _told_at > TELL_EVERY_S:
+        _told_at = time.monotonic()
+        _log.warning(text)
 
 
 _PASSING = (

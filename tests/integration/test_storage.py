@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from conftest import S3Store
 
 from eagleray import storage
 from eagleray.errors import StorageError
+from eagleray.ports import free_ports
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -57,6 +60,30 @@ def test_a_wrong_key_is_named(s3_store: S3Store, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StorageError, match="denied; check AWS_ACCESS_KEY_ID"):
         storage.check_access(s3_store.bucket_uri)
+
+
+def test_a_store_that_does_not_answer_is_told_of_while_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.setattr(storage, "RETRY_FOR_S", 3.0)
+    monkeypatch.setattr(storage, "TELL_AFTER_S", 0.5)
+    monkeypatch.setattr(storage, "_told_at", -math.inf)  # whatever was told before
+
+    def look(name: str) -> str:
+        with pytest.raises(StorageError) as raised:
+            storage.exists(f"s3://bucket/{name}")
+        return str(raised.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(look, "ab"))
+    assert all("check that it is up and AWS_ENDPOINT_URL" in end for end in ends)
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "eagleray.storage")
+    assert re.match(
+        r"'s3://bucket/[ab]': could not look it up yet, trying for [12] s more: .*check that it is up and AWS_ENDPOINT_URL", line
+    )
 
 
 def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
