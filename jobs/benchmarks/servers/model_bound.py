@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from jobs.benchmarks.servers.common import task
-from jobs.benchmarks.servers.eagleray import model_card, serving_config
+from jobs.benchmarks.servers.common import MAX_BATCH_SIZE, task
+from jobs.benchmarks.servers.eagleray import model_card
 from jobs.benchmarks.systems.protocol import answer
 
-from eagleray.config.schema import ModelConfig
+from eagleray.config.schema import ModelConfig, ServingConfig
 from eagleray.models.zoo import build_model
 from eagleray.serving.backends import REFERENCE, choose, choose_for_package, share_of_cores
 
 
 def main() -> None:
     to_do = task()
-    config = serving_config(to_do)
+    config = ServingConfig(max_batch_size=MAX_BATCH_SIZE, int8_agreement=to_do.int8_agreement)
     if to_do.package is not None:
         choice = choose_for_package(to_do.package, config, num_replicas=1)
     else:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import os
 import sys
 import time
@@ -43,6 +44,9 @@ CALIBRATION_SHARE = 1 / 3
 
 PART = 16
 """Of them, computed at a time: large networks need much memory for more."""
+
+MAX_SLOWDOWN = 4.0
+"""Times as long as the reference that a back end may take before the rest of the pictures is spared; it will not be the fastest."""
 
 ROUNDS = 2
 MEASURE_S = 0.2
@@ -125,12 +129,16 @@ def choose(
     pictures = sample_pictures(preprocessing.image_size) if examples is None else _compares(examples, config)
     computes: dict[BackendName, Compute] = {REFERENCE: build(REFERENCE, model, preprocessing, num_threads)}
     rows = {REFERENCE: Measured(backend=REFERENCE, drift=0.0, agreement=1.0)}
-    expected = _in_parts(computes[REFERENCE], pictures)
+    expected, picture_s = _in_parts(computes[REFERENCE], pictures)
+    limit_s = MAX_SLOWDOWN * picture_s if config.backend == "auto" else math.inf
     for backend in _tried(config):
         rows[backend] = row = Measured(backend=backend)
         try:
             compute = build(backend, model, preprocessing, num_threads, examples)
-            found = _in_parts(compute, pictures)
+            found, _ = _in_parts(compute, pictures, limit_s)
+            if len(found) < len(pictures):
+                row.refused = f"takes more than {MAX_SLOWDOWN:g} times as long as {REFERENCE}"
+                continue
             row.drift = float(np.abs(found - expected).max())
             row.agreement = float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
         except Exception as error:  # whatever an exporter may meet in a network
@@ -219,8 +227,21 @@ def _compares(examples: NDArray[np.uint8], config: ServingConfig) -> NDArray[np.
     return others if INT8 in _tried(config) else others[:NUM_PICTURES]
 
 
-def _in_parts(compute: Compute, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.concatenate([compute(pictures[start : start + PART]) for start in range(0, len(pictures), PART)])
+def _in_parts(compute: Compute, pictures: NDArray[np.uint8], limit_s: float = math.inf) -> tuple[NDArray[np.float32], float]:
+    """Return the probabilities of the pictures, and the least seconds that one of them took in a part.
+
+    It breaks off, with less than all of them, where two parts in a row took more than `limit_s` for a picture. The first
+    part, which allocates, may take its time.
+    """
+    found: list[NDArray[np.float32]] = []
+    times: list[float] = []
+    for part in (pictures[start : start + PART] for start in range(0, len(pictures), PART)):
+        begun = time.perf_counter()
+        found.append(compute(part))
+        times.append((time.perf_counter() - begun) / len(part))
+        if min(times[1:][-2:], default=0.0) > limit_s and len(times) > 2:
+            break
+    return np.concatenate(found), min(times)
 
 
 def _measure(computes: dict[BackendName, Compute], rows: dict[BackendName, Measured], sizes: Sequence[int], image_size: int) -> None:

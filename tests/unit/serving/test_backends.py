@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -59,7 +60,8 @@ def test_a_back_end_that_is_off_is_refused_with_its_figures():
     assert choice.backend == "torch-fp32"
     refused = {row.backend: row.refused for row in choice.measured if row.refused}
     assert set(refused) == set(BACKENDS) - {"torch-fp32", "openvino-int8"}
-    assert all("more than serve.backend_tolerance 1e-12" in reason for reason in refused.values())
+    assert all("more than serve.backend_tolerance 1e-12" in reason or "times as long" in reason for reason in refused.values())
+    assert "more than serve.backend_tolerance 1e-12" in refused["openvino-fp32"]
     with pytest.raises(
         ServingError, match=r"serve.backend torch-bf16: .* more than serve.backend_tolerance 1e-12; set serve.backend: auto"
     ):
@@ -95,6 +97,37 @@ def test_pictures_are_the_same_each_time_and_differ_from_each_other(pictures: ND
     neighbours = np.corrcoef(pictures[..., :-1, 0].ravel(), pictures[..., 1:, 0].ravel())[0, 1]
     assert neighbours > 0.7  # smooth, rather as photographs are than as noise is
     assert pictures.std(axis=(1, 2, 3)).min() > 5 and pictures.mean(axis=(1, 2, 3)).std() > 20
+
+
+class _SlowInBf16(torch.nn.Module):
+    """As networks are on processors without instructions for bf16. Counts pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 4)
+        self.counts = {torch.float32: 0, torch.bfloat16: 0}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_tracing():
+            self.counts[images.dtype] += len(images)
+            time.sleep((0.002 if images.dtype == torch.float32 else 0.02) * len(images))
+        return self.linear(images.mean(dim=(2, 3)))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _SlowInBf16:
+        copied = _SlowInBf16()
+        copied.load_state_dict(self.state_dict())
+        copied.counts = self.counts
+        return copied
+
+
+def test_a_back_end_that_is_far_too_slow_is_not_compared_in_full():
+    model = _SlowInBf16().eval()
+    choice = choose(ServingConfig(max_batch_size=1), model, PREPROCESSING, 1)
+    refused = {row.backend: row.refused for row in choice.measured}
+    assert refused["torch-bf16"] == "takes more than 4 times as long as torch-fp32" and refused["openvino-fp32"] is None
+    assert model.counts[torch.bfloat16] == 48
+    by_name = choose(ServingConfig(backend="torch-bf16", max_batch_size=1, backend_tolerance=0.1), model, PREPROCESSING, 1)
+    assert by_name.backend == "torch-bf16"
 
 
 DIGITS = Preprocessing(image_size=32, eval_resize=32)
