@@ -9,7 +9,7 @@ from jobs.benchmarks.systems.protocol import answer
 
 from eagleray.config.schema import ModelConfig, ServingConfig
 from eagleray.models.zoo import build_model
-from eagleray.serving.backends import REFERENCE, choose, choose_for_package, share_of_cores
+from eagleray.serving.backends import REFERENCE, choose, choose_for_package, share_of_cores, threads_for
 
 
 def main() -> None:
@@ -19,11 +19,10 @@ def main() -> None:
         choice = choose_for_package(to_do.package, config, num_replicas=1)
     else:
         torch.manual_seed(0)
-        torch.set_num_threads(share_of_cores(1))
         network = ModelConfig(name=to_do.network)
         model = build_model(network, to_do.num_classes, to_do.image_size).eval()
         preprocessing = model_card(network, to_do.num_classes, to_do.image_size).preprocessing
-        choice = choose(config, model, preprocessing, share_of_cores(1))
+        choice = choose(config, model, preprocessing, threads_for(model, preprocessing, share_of_cores(1)))
     kept = {REFERENCE, choice.backend}
     answer({"images_per_s": {row.backend: row.images_per_s for row in choice.measured if row.backend in kept}})
 

@@ -36,6 +36,10 @@ INT8: BackendName = "openvino-int8"
 MAX_THREADS = 8
 """Of a replica's model: small batches gain nothing from more."""
 
+SMALL_S = 0.004
+"""Seconds for a picture on one core up to which a network gets no more of them: what else a request takes, on the same cores,
+is more, and the threads of so short a computation spend their time waiting for each other."""
+
 NUM_PICTURES = 64
 """Pictures whose probabilities are compared; all that there are where int8 is to be judged, which takes more."""
 
@@ -163,19 +167,32 @@ def choose_for_package(uri: str, config: ServingConfig, num_replicas: int) -> Ba
         RegistryError: no package there, it does not verify, or nobody trusted has signed it.
         ServingError: as `choose` does.
     """
-    import torch
-
     from eagleray.artifacts.package import load_examples, load_package
 
     card, model = load_package(uri, config.trusted_keys)
-    num_threads = share_of_cores(num_replicas)
-    torch.set_num_threads(num_threads)
+    num_threads = threads_for(model, card.preprocessing, share_of_cores(num_replicas))
     return choose(config, model, card.preprocessing, num_threads, load_examples(uri, card))
 
 
 def share_of_cores(num_replicas: int) -> int:
     """Return the threads of a replica's model where so many replicas share this machine's cores."""
     return min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // num_replicas))
+
+
+def threads_for(model: nn.Module, preprocessing: Preprocessing, most: int) -> int:
+    """Return the threads that the network is worth, `most` or 1, and set PyTorch's to as many."""
+    import torch
+
+    torch.set_num_threads(1)
+    compute = build(REFERENCE, model, preprocessing, 1)
+    picture = np.zeros((1, preprocessing.image_size, preprocessing.image_size, 3), np.uint8)
+    times = []
+    for _ in range(3):  # the first one allocates
+        start = time.perf_counter()
+        compute(picture)
+        times.append(time.perf_counter() - start)
+    torch.set_num_threads(1 if min(times) < SMALL_S else most)
+    return torch.get_num_threads()
 
 
 def sample_pictures(size: int) -> NDArray[np.uint8]:

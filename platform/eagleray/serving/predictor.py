@@ -14,7 +14,7 @@ from eagleray.artifacts.package import load_examples, load_package
 from eagleray.config.schema import BackendName
 from eagleray.data.decode import DEFAULT_MAX_PIXELS, decode_rgb
 from eagleray.data.transforms import eval_image, normalize
-from eagleray.serving.backends import INT8, REFERENCE, build
+from eagleray.serving.backends import INT8, REFERENCE, build, threads_for
 from eagleray.serving.explain import heat_map
 
 
@@ -24,7 +24,7 @@ class Prediction(TypedDict):
 
 
 class Predictor:
-    """Loads the package at `package_uri` and answers for it, computing by `backend`.
+    """Loads the package at `package_uri` and answers for it, computing by `backend` on one core or, if it is worth it, `max_threads`.
 
     Raises:
         RegistryError: no package there, or its weights do not verify.
@@ -33,16 +33,16 @@ class Predictor:
     def __init__(
         self,
         package_uri: str,
-        num_threads: int,
+        max_threads: int,
         trusted_keys: Sequence[str] = (),
         max_pixels: int = DEFAULT_MAX_PIXELS,
         backend: BackendName = REFERENCE,
     ) -> None:
-        torch.set_num_threads(num_threads)
         cv2.setNumThreads(1)  # pictures are decoded side by side, by the caller's threads
         self.card, model = load_package(package_uri, trusted_keys)
         self.max_pixels = max_pixels
         examples = load_examples(package_uri, self.card) if backend == INT8 else None
+        num_threads = threads_for(model, self.card.preprocessing, max_threads)
         self._compute = build(backend, model, self.card.preprocessing, num_threads, examples)
         self._model = model.to(memory_format=torch.channels_last)
         size = self.card.preprocessing.image_size

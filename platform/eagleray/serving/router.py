@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 WATCHER_NAME = "Watcher"
 WATCHER_APPLICATION = "eagleray-watcher"
 
+METHODS = ("classify", "classify_encoded", "classify_pixels", "explain")
+"""What replicas of a version are asked."""
+
 ATTEMPTS = 3
 """A replica that dies under a request is replaced; the request is sent again."""
 
@@ -110,10 +113,11 @@ def status_of(error: EagleRayError) -> int:
 
 @dataclass
 class Backend:
-    """A backend as it is used: its handle, and how many requests are with it."""
+    """A backend as it is used: its handles, and how many requests are with it."""
 
     spec: BackendSpec
-    handle: DeploymentHandle[Any]
+    methods: dict[str, DeploymentHandle[Any]]
+    """One handle for each of `METHODS`."""
     in_flight: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -178,7 +182,8 @@ class Router:
                     await asyncio.wait_for(backend.idle.wait(), DRAIN_TIMEOUT_S)
 
     def _connect(self, spec: BackendSpec) -> Backend:
-        return Backend(spec, serve.get_deployment_handle(deployment.NAME, app_name=spec.application))
+        handle = serve.get_deployment_handle(deployment.NAME, app_name=spec.application)
+        return Backend(spec, {method: handle.options(method_name=method) for method in METHODS})
 
     async def close(self) -> None:
         """Make all log rows durable."""
@@ -324,7 +329,7 @@ class Router:
         self._count_in_flight(backend, 1)
         try:
             for attempt in range(1, ATTEMPTS + 1):
-                response = backend.handle.options(method_name=method).remote(*arguments)
+                response = backend.methods[method].remote(*arguments)
                 try:
                     return await response
                 except asyncio.CancelledError:

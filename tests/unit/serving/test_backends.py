@@ -19,7 +19,7 @@ from eagleray.config.schema import BACKENDS, BackendName, ModelConfig, ServingCo
 from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.errors import ServingError
 from eagleray.models.zoo import build_model
-from eagleray.serving.backends import build, choose, sample_pictures
+from eagleray.serving.backends import build, choose, sample_pictures, threads_for
 
 SIZE = 64
 PREPROCESSING = Preprocessing(image_size=SIZE, eval_resize=SIZE)
@@ -89,6 +89,16 @@ def test_the_fastest_is_chosen_by_batches_of_all_sizes():
     assert all(set(measured) == {1, 8, 16} for measured in rates.values())
     assert choice.backend == max(rates, key=lambda backend: np.prod(list(rates[backend].values())))
     assert choice.speed_up is not None and choice.speed_up >= 1
+
+
+def test_a_small_network_gets_one_thread_and_a_large_one_all():
+    before = torch.get_num_threads()
+    try:
+        assert threads_for(build_model(ModelConfig(name="cnn"), 10, 32).eval(), DIGITS, 2) == torch.get_num_threads() == 1
+        assert threads_for(network("resnet50"), PREPROCESSING, 2) == torch.get_num_threads() == 2
+        assert threads_for(network("resnet50"), PREPROCESSING, 1) == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_pictures_are_the_same_each_time_and_differ_from_each_other(pictures: NDArray[np.uint8]):
