@@ -354,6 +354,7 @@ def _openvino(graph: Any, num_threads: int, *, is_bf16: bool) -> Compute:
         "INFERENCE_PRECISION_HINT": "bf16" if is_bf16 else "f32",
         "INFERENCE_NUM_THREADS": num_threads,
         "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # all replicas of a machine would take the same cores
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
