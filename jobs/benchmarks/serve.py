@@ -223,7 +223,7 @@ def _free_port() -> int:
 
 
 def _add(bench: Bench, regime: Regime, found: dict[str, dict[int, list[dict[str, Any]]]], notes: dict[str, str]) -> None:
-    int8 = [server for server in bench.sizes.servers if server.name == OURS_INT8 and server.name in found]
+    int8 = [server for server in bench.sizes.servers if server.name == OURS_INT8 and found.get(server.name)]
     tasks = [regime.task, *(bench.task(regime, server) for server in int8)]
     bounds: dict[str, dict[str, float]] = {}
     for task in tasks:

@@ -53,18 +53,17 @@ def main() -> None:
     config = ModelConfig(name=to_do.network)
     card = model_card(config, to_do.num_classes, to_do.image_size)
     model = build_model(config, to_do.num_classes, to_do.image_size)
-    seeds = iter(range(FIRST_SEED, sys.maxsize, BATCH_SIZE))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=STEPS)
-    for _ in range(STEPS):
-        batch = range(first := next(seeds), first + BATCH_SIZE)
+    after = FIRST_SEED + STEPS * BATCH_SIZE
+    for first in range(FIRST_SEED, after, BATCH_SIZE):
+        batch = range(first, first + BATCH_SIZE)
         inputs = normalize(torch.from_numpy(pictures(batch, card.preprocessing)), card.preprocessing)
         loss = torch.nn.functional.cross_entropy(model(inputs), torch.tensor([photograph_of(seed) for seed in batch]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    after = next(seeds)
     held_out = range(after + NUM_EXAMPLES, after + NUM_EXAMPLES + NUM_HELD_OUT)
     card = save_package(to_do.target, model.state_dict(), card, pictures(range(after, after + NUM_EXAMPLES), card.preprocessing))
     answer(compare(model.eval(), card.preprocessing, load_examples(to_do.target, card), held_out))

@@ -93,10 +93,11 @@ def test_the_fastest_is_chosen_by_batches_of_all_sizes():
 
 def test_a_small_network_gets_one_thread_and_a_large_one_all():
     before = torch.get_num_threads()
+    large, at_224_px = build_model(ModelConfig(name="resnet50"), 10, 224).eval(), Preprocessing(image_size=224, eval_resize=224)
     try:
         assert threads_for(build_model(ModelConfig(name="cnn"), 10, 32).eval(), DIGITS, 2) == torch.get_num_threads() == 1
-        assert threads_for(network("resnet50"), PREPROCESSING, 2) == torch.get_num_threads() == 2
-        assert threads_for(network("resnet50"), PREPROCESSING, 1) == 1
+        assert threads_for(large, at_224_px, 2) == torch.get_num_threads() == 2
+        assert threads_for(large, at_224_px, 1) == 1
     finally:
         torch.set_num_threads(before)
 
