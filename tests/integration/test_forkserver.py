@@ -128,3 +128,20 @@ def test_without_a_server_a_worker_starts_as_ray_starts_it(tmp_path: Path) -> No
     command = [sys.executable, str(fork_worker.__file__), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout == "started\n", result.stderr
+
+
+FIRST_RUN = """
+from eagleray.cluster.connect import connected
+
+with connected(num_cpus=1):
+    import ray
+    print(ray.get(ray.remote(num_cpus=0)(lambda: "worked").remote(), timeout=60))
+"""
+
+
+def test_the_first_start_of_somebody_who_has_no_token_yet_works(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "EAGLERAY_FORKSERVER"))}
+    command = [sys.executable, "-c", FIRST_RUN]
+    result = subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout == "worked\n", result.stderr
+    assert (tmp_path / ".ray" / "auth_token").exists()

@@ -89,6 +89,7 @@ def connected(
                 if address is not None:
                     _join(address)
                 else:
+                    _use_token()  # so does Ray, which then makes one where there is none; what is started before it has to know
                     variables = {} if serves_tls else stack.enter_context(haproxy_variables())
                     os.environ.update(variables)
                     stack.callback(_unset, variables)  # what `forked_workers` found is there again when it ends
@@ -163,12 +164,19 @@ def prepare_environment() -> None:
     """Set what Ray reads from the environment when it is imported; what the user has set stays."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if has_token() and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        if "ray" in sys.modules:  # a script of the user's imported it before; Ray reads this once
-            from ray._raylet import Config  # type: ignore[attr-defined]
+    if has_token():
+        _use_token()
 
-            Config.initialize("")
+
+def _use_token() -> None:
+    """Authenticate by token, unless the user has said how."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "ray" in sys.modules:  # which reads this once, when it is imported
+        from ray._raylet import Config  # type: ignore[attr-defined]
+
+        Config.initialize("")
 
 
 def package_directory() -> Path:
