@@ -332,7 +332,9 @@ def test_every_kind_of_picture_is_kept_as_it_is_displayed(ray_cluster: Connectio
             data, expected = kinds[row["key"].split("/")[1]]
             pixels = decode_trusted(row["image"])
             assert pixels.shape == (row["height"], row["width"], 3), row["key"]
-            if max_side is None:
+            if max_side is None and row["key"].endswith("deep.png"):  # small enough for raw pixels, once it is known to be grey
+                assert len(row["image"]) == 16 + 40 * 80 and (pixels == expected).all()
+            elif max_side is None:
                 assert row["image"] == data
             else:
                 assert min(pixels.shape[:2]) == 20 and Image.open(io.BytesIO(row["image"])).size == (row["width"], row["height"])

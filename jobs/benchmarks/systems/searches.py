@@ -168,15 +168,16 @@ def ray_tune(folder: Path, seed: int, trials: int, epochs: int, saw: Saw, forget
 
 def load(folder: Path) -> dict[str, Any]:
     """Return the digits, float32 [N, 3, 8, 8] in -1..1, and their labels, of each split."""
-    import cv2
     import numpy as np
     import pyarrow.dataset as ds
     import torch
 
+    from eagleray.data.decode import decode_trusted
+
     data = {}
     for split in ("train", "val"):
         table = ds.dataset(sorted(str(path) for path in (folder / "shards" / split).glob("*.parquet"))).to_table()
-        pixels = [cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) for image in table["image"].to_pylist()]
+        pixels = [decode_trusted(image) for image in table["image"].to_pylist()]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
         data[split] = (images, torch.tensor(table["label"].to_pylist()))
     return data

@@ -109,6 +109,9 @@ _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _RAW_MAGIC = b"\x93RAW"
 _RAW_HEADER = struct.Struct("<4sIII")
 
+SMALL_BYTES = 4096
+"""Size up to which a picture is quicker to read as raw pixels than to decode."""
+
 
 def encode_raw(pixels: NDArray[np.uint8]) -> bytes:
     """Return pixels as bytes that say what they are, for pictures too small to gain from JPEG or PNG.
@@ -123,8 +126,18 @@ def encode_raw(pixels: NDArray[np.uint8]) -> bytes:
     return _RAW_HEADER.pack(_RAW_MAGIC, height, width, channels) + pixels.tobytes()
 
 
+def without_equal_channels(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a grey picture, uint8 [H, W, 3], as [H, W]; another one as it is."""
+    grey = rgb[:, :, 0]
+    return grey if (rgb == grey[:, :, None]).all() else rgb
+
+
 def is_raw(data: Encoded) -> bool:
     return data[:4] == _RAW_MAGIC
+
+
+def is_png(data: Encoded) -> bool:
+    return bytes(data[:8]) == _PNG_START[:8]
 
 
 def decode_raw(data: Encoded) -> NDArray[np.uint8]:

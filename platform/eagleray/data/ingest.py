@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from eagleray import storage
 from eagleray.config.schema import IngestConfig
 from eagleray.data.claim import DEAD_AFTER_S, Claim, check_unclaimed, claimed
-from eagleray.data.decode import decode_rgb, encode_raw, is_raw
+from eagleray.data.decode import SMALL_BYTES, decode_rgb, encode_raw, is_png, is_raw, without_equal_channels
 from eagleray.data.jpeg import START as JPEG_START
 from eagleray.data.shards import Manifest, RefusedImage, ShardInfo, encode_shard, load_manifest, manifest_uri
 from eagleray.data.sources import Listing, open_source
@@ -335,7 +335,7 @@ def _write_shard(listing: Listing, items_of_shard: NDArray[np.int64], uri: str, 
 
 
 def _row(data: bytes, config: IngestConfig) -> dict[str, Any]:
-    """Decode the picture once, in full: what is in a shard can be decoded. JPEGs are tiled, without loss."""
+    """Decode the picture once, in full: what is in a shard can be decoded. JPEGs are tiled and small PNGs unpacked, without loss."""
     image = decode_rgb(data, config.max_pixels, allow_raw=True)
     height, width = image.shape[:2]
     if config.max_side is not None and min(height, width) > config.max_side:
@@ -347,6 +347,8 @@ def _row(data: bytes, config: IngestConfig) -> dict[str, Any]:
         from eagleray.data.tiling import tile  # imports Numba
 
         data = tile(data)
+    elif is_png(data) and len(raw := encode_raw(without_equal_channels(image))) <= SMALL_BYTES:
+        data = raw
     return {"image": data, "width": width, "height": height}
 
 

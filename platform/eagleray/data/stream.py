@@ -109,7 +109,7 @@ class BatchStream:
     def _decode_here(self, windows: list[tuple[int, int]], skipped: int) -> Iterator[Batch]:
         with ThreadPoolExecutor(1) as reader:  # one window ahead: it may be far away
             reads = (
-                reader.submit(self.decoder.read, *window, self.rank, self.world_size, skipped if place == 0 else 0)
+                reader.submit(self.decoder.read, *window, self.rank, self.world_size, skipped if place == 0 else 0, keep=True)
                 for place, window in enumerate(windows)
             )
             ahead = next(reads, None)

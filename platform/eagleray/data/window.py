@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -26,6 +26,9 @@ from eagleray.errors import DataError
 
 BLOCK_BYTES = 32_000_000
 """Pixels per block: large enough to hide Ray's cost per block, small enough for a quick first batch."""
+
+KEPT_BYTES = 64_000_000
+"""Pictures as read that a worker which decodes by itself keeps for the next epochs: reading small ones costs not much less than decoding."""
 
 READ_THREADS = 8
 """Shards read at a time by a task; they wait for the network, not for the CPU."""
@@ -50,6 +53,8 @@ class WindowDecoder:
     """Of the plan's data sets; empty: the defaults."""
     train_size: TrainSize | None = None
     """None: the preprocessing's size in all epochs."""
+    _kept: dict[int, _Pictures] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Row groups of earlier epochs, by their place in the plan."""
 
     def blocks(self, epoch: int, window: int, rank: int, world_size: int, first_step: int = 0) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield blocks of whole batches, in order, from `first_step` of the window on.
@@ -59,11 +64,11 @@ class WindowDecoder:
         """
         yield from self.decode(self.read(epoch, window, rank, world_size, first_step))
 
-    def read(self, epoch: int, window: int, rank: int, world_size: int, first_step: int = 0) -> ReadWindow:
-        """Read what `decode` makes the blocks of. Raises DataError."""
+    def read(self, epoch: int, window: int, rank: int, world_size: int, first_step: int = 0, *, keep: bool = False) -> ReadWindow:
+        """Read what `decode` makes the blocks of; with `keep`, hold on to up to `KEPT_BYTES` of it. Raises DataError."""
         steps = self.plan.rank_window(epoch, window, rank, world_size)
         sample_ids, is_valid = steps.sample_ids[first_step:], steps.is_valid[first_step:]
-        pictures = self._read_groups(np.unique(self.plan.locate(sample_ids.ravel())[0]))
+        pictures = self._read_groups(np.unique(self.plan.locate(sample_ids.ravel())[0]).tolist(), keep)
         return ReadWindow(epoch, sample_ids, is_valid, pictures, self._steps_per_block(world_size, self._image_size(epoch)))
 
     def decode(self, read: ReadWindow) -> Iterator[dict[str, NDArray[Any]]]:
@@ -103,22 +108,27 @@ class WindowDecoder:
     def _read_shard(self, part: int, path: str, row_groups: list[int]) -> list[pa.Table]:
         return read_row_groups(self.uris[part], path, row_groups, self.read_options[part] if self.read_options else ReadOptions())
 
-    def _read_groups(self, groups: NDArray[np.int64]) -> dict[int, _Pictures]:
+    def _read_groups(self, groups: list[int], keep: bool) -> dict[int, _Pictures]:
         by_shard: dict[tuple[int, str], list[int]] = {}
-        for group in groups.tolist():
+        for group in groups:
             row_group = self.plan.row_groups[group]
-            by_shard.setdefault((row_group.part, row_group.shard_path), []).append(group)
+            if group not in self._kept:
+                by_shard.setdefault((row_group.part, row_group.shard_path), []).append(group)
 
         def read(shard: tuple[int, str]) -> list[pa.Table]:
             return self._read_shard(*shard, [self.plan.row_groups[group].index for group in by_shard[shard]])
 
+        pictures = {group: self._kept[group] for group in groups if group in self._kept}
+        if not by_shard:
+            return pictures
         with ThreadPoolExecutor(READ_THREADS) as pool:
             tables = pool.map(read, by_shard)
-            return {
-                group: _Pictures(table)
-                for part, read_part in zip(by_shard.values(), tables, strict=True)
-                for group, table in zip(part, read_part, strict=True)
-            }
+            for part, read_part in zip(by_shard.values(), tables, strict=True):
+                for group, table in zip(part, read_part, strict=True):
+                    pictures[group] = _Pictures(table)
+                    if keep and sum(kept.num_bytes for kept in (*self._kept.values(), pictures[group])) <= KEPT_BYTES:
+                        self._kept[group] = pictures[group]
+        return pictures
 
     def _decode(
         self,
@@ -201,6 +211,10 @@ class _Pictures:
         self._data = memoryview(data).cast("B")
         self.labels: list[int] = table["label"].to_pylist()
         self.sizes: list[tuple[int, int]] = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._data)
 
     def data(self, row: int) -> memoryview:
         return self._data[self._offsets[row] : self._offsets[row + 1]]

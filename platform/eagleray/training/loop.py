@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from eagleray.artifacts.pretrained import load_pretrained
 from eagleray.config.schema import JobConfig
+from eagleray.data.decode import SMALL_BYTES
 from eagleray.data.mixture import load_training_set
 from eagleray.data.plan import EpochPlan
 from eagleray.data.shards import Manifest, ReadOptions, load_manifest
@@ -56,8 +57,8 @@ from eagleray.training.parallel import (
 )
 from eagleray.training.recipe import build_ema, build_optimizer, build_schedule, learning_rate, sample_losses
 
-SMALL_PX, SMALL_BYTES = 64, 4096
-"""Side and mean size of pictures up to which a worker on a CPU decodes by itself: handing them over would be most of the work."""
+SMALL_PX = 64
+"""Side up to which a worker on a CPU decodes small pictures by itself: handing them over would be most of the work."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def train(  # noqa: PLR0912, PLR0915 - to be read in one piece
             outputs = []
             is_accepted = not any(steps_done in steps for steps in rolled_back)
             if is_accepted:
-                _seed_step(job.seed, steps_done, worker.rank)
+                _seed_step(job.seed, steps_done, worker)
                 mix = draw_mix(job.train, batch, [job.seed, epoch, step, worker.rank], worker.device)
                 optimizer.zero_grad(set_to_none=True)
                 for part, inputs in enumerate(Inputs.of(batch, mix, worker.device).split(job.train.accumulate), start=1):
@@ -247,9 +248,12 @@ def set_up_process(job: JobConfig, worker: Worker) -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def _seed_step(seed: int, step: int, rank: int) -> None:
+def _seed_step(seed: int, step: int, worker: Worker) -> None:
     """Let dropout and the like draw from (seed, step, rank) alone, so that a resumed run draws as an undisturbed one."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint32)[0]))
+    number = int(np.random.SeedSequence([seed, step, worker.rank]).generate_state(1, np.uint32)[0])
+    torch.default_generator.manual_seed(number)  # `torch.manual_seed` sees to all kinds of devices, which takes longer than a small step
+    if worker.device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _is_pause_due(job: JobConfig, steps_done: int) -> bool:

@@ -44,15 +44,15 @@ class Totals:
 
     def add(self, output: BatchOutput | None, num_bad: int) -> None:
         """Add a batch, of which `num_bad` pictures could not be decoded; None: a batch of which nothing else counts."""
-        self._sums[4] += num_bad
+        if num_bad:
+            self._sums[4] += num_bad
         if output is None:
             return
         logits, targets = output.logits.detach(), output.targets
         is_hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        weight = output.is_valid.double()
         losses = (output.losses.detach().double() / LOSS_UNIT).round() * LOSS_UNIT
-        values = (losses, is_hit[:, 0].double(), is_hit.any(dim=1).double(), torch.ones_like(weight))
-        self._sums[:4] += torch.stack([(value * weight).sum() for value in values])
+        values = torch.stack([losses, is_hit[:, 0].double(), is_hit.any(dim=1).double(), torch.ones_like(losses)])
+        self._sums[:4] += (values * output.is_valid).sum(dim=1)
 
     def restore(self, sums: list[float]) -> None:
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)

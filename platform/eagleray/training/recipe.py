@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from eagleray.config.schema import ScheduleConfig, TrainingConfig
 from eagleray.models.layers import layer_depths
+from eagleray.training.parallel import is_sharded
 
 AUXILIARY_WEIGHT = 0.3
 """Share of each auxiliary head's loss (Szegedy et al. 2014, arXiv:1409.4842, section 5)."""
@@ -21,15 +22,15 @@ AUXILIARY_WEIGHT = 0.3
 def build_optimizer(model: nn.Module, config: TrainingConfig, head: Collection[str] = ()) -> torch.optim.Optimizer:
     """Build the optimizer at its peak learning rate; see `parameter_groups`."""
     optimizer, groups, lr = config.optimizer, parameter_groups(model, config, head), peak_learning_rate(config)
-    fused = any(parameter.is_cuda for group in groups for parameter in group["params"])
     betas = (optimizer.momentum, 0.99 if optimizer.name == "lion" else 0.999)
     eps = optimizer.eps
     match optimizer.name:
         case "sgd":
             nesterov = optimizer.nesterov and optimizer.momentum > 0
+            fused = not is_sharded(config)  # torch 2.15 has no fused SGD for a network that is cut up
             return torch.optim.SGD(groups, lr=lr, momentum=optimizer.momentum, nesterov=nesterov, fused=fused)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps or 1e-8, fused=fused)
+            return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps or 1e-8, fused=True)
         case "rmsprop":  # with the constants of torchvision's reference recipes
             return torch.optim.RMSprop(groups, lr=lr, momentum=optimizer.momentum, alpha=0.9, eps=eps or 0.0316)
     import timm.optim  # takes seconds, as timm imports all its networks
