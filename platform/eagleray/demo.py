@@ -250,11 +250,14 @@ def _post_picture(client: httpx.Client, model: str, picture: bytes, headers: dic
 
 
 def _held_out(uri: str) -> Iterator[tuple[str, bytes, int]]:
+    """Yield key, picture and label; as PNG, which small ones no longer are in shards."""
+    from eagleray.data.decode import decode_trusted, encode_png
     from eagleray.data.shards import load_manifest, read_row_groups
 
     for shard in load_manifest(uri).shards:
         for table in read_row_groups(uri, shard.path, list(range(len(shard.row_group_rows)))):
-            yield from zip(table["key"].to_pylist(), table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+            pictures = (encode_png(decode_trusted(data)) for data in table["image"].to_pylist())
+            yield from zip(table["key"].to_pylist(), pictures, table["label"].to_pylist(), strict=True)
 
 
 def _summary(

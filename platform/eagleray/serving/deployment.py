@@ -101,8 +101,8 @@ class Classifier:
 
     async def explain(self, picture: bytes, label: str | None, as_png: bool) -> Explained:
         """Show what spoke for a class (None: the most probable) in an encoded picture."""
-        from eagleray.data.decode import decode_rgb
-        from eagleray.serving.explain import encode_png, overlay, seen_square
+        from eagleray.data.decode import decode_rgb, encode_png
+        from eagleray.serving.explain import overlay, seen_square
 
         preprocessing, loop = self._predictor.card.preprocessing, asyncio.get_running_loop()
 

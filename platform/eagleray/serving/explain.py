@@ -165,8 +165,3 @@ def overlay(rgb: NDArray[np.uint8], heat: NDArray[np.float32], preprocessing: Pr
     share = _STRENGTH * values[..., None] ** 1.5
     drawn = (picture * (1 - share) + colours * share) * np.where(is_seen, 1.0, _UNSEEN)[..., None]
     return drawn.round().astype(np.uint8)
-
-
-def encode_png(rgb: NDArray[np.uint8]) -> bytes:
-    """Encode uint8 [H, W, 3] as PNG; quickly rather than small."""
-    return cv2.imencode(".png", rgb[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()

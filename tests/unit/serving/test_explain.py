@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from eagleray.config.schema import ModelConfig
+from eagleray.data.decode import encode_png
 from eagleray.data.transforms import Preprocessing, eval_image, normalize
 from eagleray.errors import ServingError
 from eagleray.models.zoo import build_model
@@ -186,4 +187,4 @@ def test_the_overlay_colours_what_speaks_for_the_class_and_darkens_what_was_not_
     assert np.ptp(drawn[hot].astype(int)) > 30  # a colour on grey
     assert (drawn[30, 1] < 100).all() and (drawn[round(top + side) - 2, round(left + side) - 2] == 200).all()
     assert explain.overlay(np.zeros((1000, 4000, 3), np.uint8), heat, CROPPED).shape == (256, explain.MAX_OVERLAY_SIDE, 3)
-    assert explain.encode_png(drawn).startswith(b"\x89PNG")
+    assert encode_png(drawn).startswith(b"\x89PNG")
