@@ -129,8 +129,8 @@ def random_resized_crop(
     width, height = size
     logs = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = width * height * uniform(rng, *scale)
-        aspect = math.exp(uniform(rng, *logs))
+        area = width * height * _uniform(rng, *scale)
+        aspect = math.exp(_uniform(rng, *logs))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
@@ -144,7 +144,7 @@ def random_resized_crop(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def uniform(rng: np.random.Generator, low: float, high: float) -> float:
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
     """Draw what `rng.uniform` would, in a third of its time."""
     return low + (high - low) * rng.random()
 
