@@ -110,7 +110,7 @@ _RAW_MAGIC = b"\x93RAW"
 _RAW_HEADER = struct.Struct("<4sIII")
 
 SMALL_BYTES = 4096
-"""Size up to which a picture is quicker to read as raw pixels than to decode."""
+"""Up to this size pictures are small: ingest unpacks PNGs whose pixels fit, and workers on CPUs decode such pictures themselves."""
 
 
 def encode_raw(pixels: NDArray[np.uint8]) -> bytes:

@@ -335,7 +335,7 @@ def _write_shard(listing: Listing, items_of_shard: NDArray[np.int64], uri: str, 
 
 
 def _row(data: bytes, config: IngestConfig) -> dict[str, Any]:
-    """Decode the picture once, in full: what is in a shard can be decoded. JPEGs are tiled and small PNGs unpacked, without loss."""
+    """Decode the picture once, in full: what is in a shard can be decoded. Tiling JPEGs and unpacking small PNGs change no pixel."""
     image = decode_rgb(data, config.max_pixels, allow_raw=True)
     height, width = image.shape[:2]
     if config.max_side is not None and min(height, width) > config.max_side:
