@@ -164,6 +164,10 @@ def prepare_environment() -> None:
     """Set what Ray reads from the environment when it is imported; what the user has set stays."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    if "ray" in sys.modules:  # a script of the user's imported it before, and this was read then
+        from ray._private import ray_constants
+
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = ray_constants.env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
     if has_token():
         _use_token()
 
