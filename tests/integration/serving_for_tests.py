@@ -69,7 +69,7 @@ def predict(client: httpx.Client, key: str, **headers: str) -> dict[str, Any]:
 
 
 @contextmanager
-def constant_load(client: httpx.Client) -> Iterator[list[tuple[int, str]]]:
+def constant_load(client: httpx.Client, model: str = "digits") -> Iterator[list[tuple[int, str]]]:
     """Ask all the time from four threads; yields the growing list of (status, variant or text)."""
     results: list[tuple[int, str]] = []
     stop = threading.Event()
@@ -79,7 +79,7 @@ def constant_load(client: httpx.Client) -> Iterator[list[tuple[int, str]]]:
         while not stop.is_set():
             number += 1
             try:
-                response = client.post("/predict/digits", content=picture(), headers={"X-Routing-Key": f"load-{thread}-{number}"})
+                response = client.post(f"/predict/{model}", content=picture(), headers={"X-Routing-Key": f"load-{thread}-{number}"})
             except httpx.HTTPError as error:
                 results.append((0, repr(error)))
                 continue

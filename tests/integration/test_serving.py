@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from serving_for_tests import CLASSES, constant_load, free_port, package, picture, predict, replica_pids, wait_until
 
 from eagleray.artifacts.package import WEIGHTS_NAME
@@ -55,7 +57,7 @@ def versions(registry: Registry) -> dict[str, ModelVersion]:
 
 @pytest.fixture(scope="module")
 def config() -> ServingConfig:
-    return ServingConfig(port=free_port(), backend="torch-fp32", **LIMITS)
+    return ServingConfig(port=free_port(), backend="torch-fp32", placement="replicas", **LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +285,99 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(client: httpx.Client, 
     assert all(response.headers["Retry-After"] == "1" and "too many requests" in response.json()["error"] for response in refused)
     assert predict(client, "the other model goes on")["model"] == "digits"
     assert client.get("/ab/narrow").json()["variants"]["champion"]["errors"] == len(refused)
+
+
+# --- Small networks, answered where requests come in ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Small:
+    """A model with a copy in the ingress, and its one replica."""
+
+    version: ModelVersion
+    replica: DeploymentHandle[Any]
+    deploy: Callable[..., None]
+    """With these settings."""
+
+    def pictures_by_replica(self) -> int:
+        return int(self.replica.batch_counts.remote().result()["pictures"])
+
+
+@pytest.fixture(scope="module")
+def small_model(client: httpx.Client, registry: Registry, config: ServingConfig) -> Small:
+    version = registry.register("small", package(f"{registry.workspace.models_uri}/small", 4, "small"), "", {})
+    only = new_experiment("small", [Variant(name="champion", version=version.version, weight=1.0)])
+
+    def deploy(**settings: Any) -> None:
+        asked = config.model_copy(update={"placement": "auto", "max_image_pixels": 50_000_000, "max_batch_size": 4, **settings})
+        endpoint.deploy("small", {"champion": version}, only, asked, registry.workspace.experiments_uri)
+
+    deploy()
+    return Small(version, serve.get_deployment_handle(deployment.NAME, app_name=f"small-v{version.version}"), deploy)
+
+
+@pytest.fixture
+def small(client: httpx.Client, small_model: Small) -> Small:
+    """The model, with its copy up."""
+
+    def is_answered_here() -> bool:
+        before = small_model.pictures_by_replica()
+        assert client.post("/predict/small", content=picture()).status_code == 200
+        return small_model.pictures_by_replica() == before
+
+    wait_until(is_answered_here)
+    return small_model
+
+
+def test_a_small_network_answers_where_requests_come_in_and_as_its_replica_does(client: httpx.Client, small: Small):
+    before = small.pictures_by_replica()
+    for seed in range(8):
+        answered = client.post("/predict/small?top_k=10", content=picture(seed)).json()["predictions"]
+        expected = Predictor(small.version.package_uri, 1).predict([picture(seed)], top_k=10)[0]
+        assert [p["label"] for p in answered] == [p["label"] for p in expected]
+        assert [p["probability"] for p in answered] == pytest.approx([p["probability"] for p in expected], abs=1e-5)
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [1] * 12}
+    assert client.post("/v2/models/small/infer", json={"inputs": [tensor]}).status_code == 200
+    assert small.pictures_by_replica() == before
+
+
+def test_large_pictures_and_heat_maps_are_the_replicas_work(client: httpx.Client, small: Small):
+    before = small.pictures_by_replica()
+    buffer = io.BytesIO()
+    Image.new("RGB", (1_500, 1_500)).save(buffer, "PNG")
+    assert client.post("/predict/small", content=buffer.getvalue()).status_code == 200
+    assert small.pictures_by_replica() == before + 1
+    assert client.post("/explain/small", content=picture()).status_code == 200
+
+
+def test_what_neither_can_decode_is_refused_with_the_reason(client: httpx.Client, small: Small):
+    answer = client.post("/predict/small", content=picture()[:200])
+    assert answer.status_code == 422 and "truncated" in answer.json()["error"]
+
+
+def test_what_is_beyond_a_batch_goes_to_the_replicas(client: httpx.Client, small: Small):
+    before = small.pictures_by_replica()
+    with ThreadPoolExecutor(32) as pool:
+        statuses = list(pool.map(lambda seed: client.post("/predict/small", content=picture(seed, 200, 200)).status_code, range(96)))
+    assert statuses == [200] * 96
+    assert 0 < small.pictures_by_replica() - before < 96
+
+
+def test_it_answers_while_its_replica_is_replaced(client: httpx.Client, small: Small):
+    (victim,) = replica_pids(f"small-v{small.version.version}")
+    os.kill(victim, signal.SIGKILL)
+    assert [client.post("/predict/small", content=picture()).status_code for _ in range(50)] == [200] * 50
+    wait_until(lambda: replica_pids(f"small-v{small.version.version}") not in ([], [victim]))
+
+
+def test_a_placement_takes_effect_without_a_failed_request(client: httpx.Client, small: Small):
+    with constant_load(client, "small") as results:
+        small.deploy(placement="replicas")
+        before = small.pictures_by_replica()
+        assert client.post("/predict/small", content=picture()).status_code == 200
+        assert small.pictures_by_replica() > before
+        small.deploy()
+    assert {status for status, _ in results} == {200}, [result for result in results if result[0] != 200]
 
 
 # --- Experiment -------------------------------------------------------------------------------------------------

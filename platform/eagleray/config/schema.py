@@ -812,6 +812,11 @@ class ServingConfig(Section):
     max_queued_requests: PositiveInt = 256
     """Requests waiting for a variant before the next one is refused with 503."""
 
+    placement: Literal["auto", "replicas"] = "auto"
+    """Where a version is computed. `auto`: where its network takes less than 4 ms for a picture on one core, also in the process
+    that takes the requests, small pictures of a batch at a time; what is beyond, and other versions, by replicas. `replicas`: all
+    by them, so that pictures are decoded in processes that nobody else depends on."""
+
     backend: BackendName | Literal["auto"] = "auto"
     """What computes a version: PyTorch or OpenVINO, in fp32 or bf16. `auto`: when the version is deployed all of them are
     measured there, and the fastest is taken whose probabilities are within `backend_tolerance` of PyTorch's in fp32."""

@@ -183,6 +183,14 @@ def threads_for(model: nn.Module, preprocessing: Preprocessing, most: int) -> in
     """Return the threads that the network is worth, `most` or 1, and set PyTorch's to as many."""
     import torch
 
+    torch.set_num_threads(1 if is_small(model, preprocessing) else most)
+    return torch.get_num_threads()
+
+
+def is_small(model: nn.Module, preprocessing: Preprocessing) -> bool:
+    """Return whether a picture takes less than `SMALL_S` on one core; PyTorch has one thread afterwards."""
+    import torch
+
     torch.set_num_threads(1)
     compute = build(REFERENCE, model, preprocessing, 1)
     picture = np.zeros((1, preprocessing.image_size, preprocessing.image_size, 3), np.uint8)
@@ -191,8 +199,7 @@ def threads_for(model: nn.Module, preprocessing: Preprocessing, most: int) -> in
         start = time.perf_counter()
         compute(picture)
         times.append(time.perf_counter() - start)
-    torch.set_num_threads(1 if min(times) < SMALL_S else most)
-    return torch.get_num_threads()
+    return min(times) < SMALL_S
 
 
 def sample_pictures(size: int) -> NDArray[np.uint8]:

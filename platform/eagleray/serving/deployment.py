@@ -1,4 +1,4 @@
-"""The Ray Serve deployment of one model version: decodes on threads, classifies in batches."""
+"""One model version, answering: decodes on threads, classifies in batches; and the Ray Serve deployment of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ray import serve
 
 from eagleray.config.schema import BackendName, ServingConfig
 from eagleray.errors import DataError, ServingError
+from eagleray.serving.autoscaling import BUSY, BusyTime
 from eagleray.serving.backends import share_of_cores
 from eagleray.serving.batching import Batcher
 from eagleray.serving.metrics import ReplicaMetrics
@@ -44,9 +45,8 @@ class Explained(TypedDict):
     refused: str | None
 
 
-@serve.deployment(name=NAME)
 class Classifier:
-    """One version's replica. `config` (a dumped `ServingConfig`) can change while it serves.
+    """One version on an event loop: a replica of it, or the ingress's own copy. `config` (a dumped `ServingConfig`) can change while it serves.
 
     Args:
         package_uri: the model package.
@@ -67,6 +67,7 @@ class Classifier:
         self._in_batches = Batcher(self._run_batch, max_size=1)  # `reconfigure` says how many
         self._batches = 0
         self._pictures = 0
+        self._busy = BusyTime()
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         serving = ServingConfig.model_validate(config)
@@ -125,10 +126,22 @@ class Classifier:
         self._pictures += len(images)
         self._metrics.batch_size.observe(len(images))
         loop, start = asyncio.get_running_loop(), time.perf_counter()
-        rows = list(await loop.run_in_executor(self._model_thread, self._predictor.probabilities, np.stack(images)))
+        with self._busy:
+            rows = list(await loop.run_in_executor(self._model_thread, self._predictor.probabilities, np.stack(images)))
         self._metrics.batch_ms.observe((time.perf_counter() - start) * 1000)
         return rows
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Ray Serve how busy the network was since it last asked; see `autoscaling.replicas_for_load`."""
+        return {BUSY: self._busy.share(time.perf_counter())}
+
+    def is_small(self) -> bool:
+        """Return whether the network takes less time for a picture than it takes to hand it to another process."""
+        return self._predictor.is_small
 
     def batch_counts(self) -> dict[str, int]:
         """Return how many batches this replica has run, and how many pictures in them."""
         return {"batches": self._batches, "pictures": self._pictures}
+
+
+Replica = serve.deployment(name=NAME)(Classifier)

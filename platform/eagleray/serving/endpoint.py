@@ -30,12 +30,13 @@ from eagleray.errors import EagleRayError, ServingError
 from eagleray.placement import on_group
 from eagleray.ports import check_port_free
 from eagleray.serving import app as ingress
-from eagleray.serving import deployment
+from eagleray.serving import autoscaling, deployment
 from eagleray.serving.access import list_keys
 from eagleray.serving.backends import REFERENCE, BackendChoice, choose_for_package
 from eagleray.serving.experiment import Experiment
-from eagleray.serving.router import WATCHER_APPLICATION, BackendSpec, ModelSpec, RouterState
+from eagleray.serving.router import WATCHER_APPLICATION, ModelSpec, RouterState
 from eagleray.serving.rpc import SERVICERS
+from eagleray.serving.upstream import BackendSpec
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -365,7 +366,7 @@ def _classifier(backend: BackendSpec, config: ServingConfig, num_replicas: int) 
     }
     assert backend.choice is not None
     computed_by = backend.choice.backend
-    classifier = deployment_of(deployment.Classifier, options, f"{backend.package_uri} {computed_by}")
+    classifier = deployment_of(deployment.Replica, options, f"{backend.package_uri} {computed_by}")
     return classifier.bind(backend.package_uri, num_replicas, computed_by, config.trusted_keys)
 
 
@@ -389,6 +390,7 @@ def _number_of_replicas(config: ServingConfig) -> dict[str, Any]:
             "look_back_period_s": LOOK_BACK_S,
             "upscale_delay_s": UPSCALE_DELAY_S,
             "downscale_delay_s": replicas.idle_s,
+            "policy": {"policy_function": autoscaling.POLICY},
         }
     }
 

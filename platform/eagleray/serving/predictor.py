@@ -14,7 +14,7 @@ from eagleray.artifacts.package import load_examples, load_package
 from eagleray.config.schema import BackendName
 from eagleray.data.decode import DEFAULT_MAX_PIXELS, decode_rgb
 from eagleray.data.transforms import eval_image, normalize
-from eagleray.serving.backends import INT8, REFERENCE, build, threads_for
+from eagleray.serving.backends import INT8, REFERENCE, build, is_small
 from eagleray.serving.explain import heat_map
 
 
@@ -42,7 +42,9 @@ class Predictor:
         self.card, model = load_package(package_uri, trusted_keys)
         self.max_pixels = max_pixels
         examples = load_examples(package_uri, self.card) if backend == INT8 else None
-        num_threads = threads_for(model, self.card.preprocessing, max_threads)
+        self.is_small = is_small(model, self.card.preprocessing)
+        num_threads = 1 if self.is_small else max_threads
+        torch.set_num_threads(num_threads)
         self._compute = build(backend, model, self.card.preprocessing, num_threads, examples)
         self._model = model.to(memory_format=torch.channels_last)
         size = self.card.preprocessing.image_size

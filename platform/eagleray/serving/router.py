@@ -7,8 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,14 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from eagleray.config.schema import ServingConfig
 from eagleray.errors import DataError, EagleRayError, ServingError, StorageError, near_miss
-from eagleray.serving import deployment, protocol
-from eagleray.serving.backends import BackendChoice
+from eagleray.serving import protocol
 from eagleray.serving.experiment import NOT_COUNTED, Experiment, Variant, assign
 from eagleray.serving.metrics import RouterMetrics
 from eagleray.serving.outcomes import (
@@ -36,6 +33,7 @@ from eagleray.serving.outcomes import (
 )
 from eagleray.serving.report import experiment_report
 from eagleray.serving.statistics import saliency_similarity
+from eagleray.serving.upstream import BackendSpec, Upstream
 
 if TYPE_CHECKING:
     from eagleray.serving.deployment import Explained
@@ -43,12 +41,6 @@ if TYPE_CHECKING:
 
 WATCHER_NAME = "Watcher"
 WATCHER_APPLICATION = "eagleray-watcher"
-
-METHODS = ("classify", "classify_encoded", "classify_pixels", "explain")
-"""What replicas of a version are asked."""
-
-ATTEMPTS = 3
-"""A replica that dies under a request is replaced; the request is sent again."""
 
 DRAIN_TIMEOUT_S = 30.0
 DECISION_TIMEOUT_S = 60.0
@@ -59,20 +51,6 @@ MAX_MIRRORED = 64
 SALIENCY_EVERY_S = 2.0
 """Least time between two pictures for which a variant and its shadow are both asked where they looked: it costs each of
 them a backward pass, during which others wait."""
-
-
-class BackendSpec(BaseModel):
-    """A version that is up."""
-
-    version: int
-    application: str
-    """Its Ray Serve application."""
-    package_uri: str
-    weights_sha256: str
-    image_size: int
-    classes: list[str]
-    choice: BackendChoice | None = None
-    """What computes it; None before it was ever up."""
 
 
 class ModelSpec(BaseModel):
@@ -111,24 +89,13 @@ def status_of(error: EagleRayError) -> int:
     return statuses.get(type(error), 500)
 
 
-@dataclass
-class Backend:
-    """A backend as it is used: its handles, and how many requests are with it."""
-
-    spec: BackendSpec
-    methods: dict[str, DeploymentHandle[Any]]
-    """One handle for each of `METHODS`."""
-    in_flight: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 @dataclass(frozen=True)
 class Target:
     """Where a request goes."""
 
     model: ModelSpec
     variant: Variant
-    backend: Backend
+    upstream: Upstream
     revision: int
     key_hash: str
     covariate: float | None = None
@@ -151,7 +118,7 @@ class Router:
 
     def __init__(self) -> None:
         self.state = RouterState()
-        self._backends: dict[str, Backend] = {}
+        self._upstreams: dict[str, Upstream] = {}
         self._logs: dict[str, ExperimentLog] = {}
         self._readers: dict[str, LogReader] = {}
         self._reading = asyncio.Lock()
@@ -168,22 +135,16 @@ class Router:
         """
         if state.experiments_uri is not None and state.experiments_uri != self.state.experiments_uri:
             self._signing_key = await asyncio.to_thread(load_signing_key, state.experiments_uri)
-        wanted = {spec.application: spec for model in state.models.values() for spec in model.backends.values()}
-        removed = [backend for name, backend in self._backends.items() if name not in wanted]
-        self._backends = {name: self._backends.get(name) or self._connect(spec) for name, spec in wanted.items()}
+        wanted = {spec.application: (spec, model.config) for model in state.models.values() for spec in model.backends.values()}
+        removed = [upstream for name, upstream in self._upstreams.items() if name not in wanted]
+        self._upstreams = {name: self._upstreams.get(name) or Upstream(name, self._metrics.in_flight) for name in wanted}
+        for name, (spec, config) in wanted.items():
+            self._upstreams[name].update(spec, config)
         self.state = state
         for model in state.models.values():
             for name, share in model.experiment.shares.items():
                 self._metrics.share.set(share, {"model": model.experiment.model, "variant": name})
-        for backend in removed:
-            if backend.in_flight:
-                backend.idle.clear()
-                with suppress(TimeoutError):  # what hangs longer is ended with its replica
-                    await asyncio.wait_for(backend.idle.wait(), DRAIN_TIMEOUT_S)
-
-    def _connect(self, spec: BackendSpec) -> Backend:
-        handle = serve.get_deployment_handle(deployment.NAME, app_name=spec.application)
-        return Backend(spec, {method: handle.options(method_name=method) for method in METHODS})
+        await asyncio.gather(*(upstream.drain(DRAIN_TIMEOUT_S) for upstream in removed))  # what hangs longer is ended with its replica
 
     async def close(self) -> None:
         """Make all log rows durable."""
@@ -223,8 +184,8 @@ class Router:
         is_override = variant is not None or version is not None
         chosen = self._asked_for(model, variant, version) if is_override else assign(experiment, key)
         revision = NOT_COUNTED if is_override or not experiment.is_running else experiment.revision
-        backend = self._backends[model.backends[chosen.name].application]
-        return Target(model, chosen, backend, revision, hash_routing_key(experiment.salt, key), covariate, until)
+        upstream = self._upstreams[model.backends[chosen.name].application]
+        return Target(model, chosen, upstream, revision, hash_routing_key(experiment.salt, key), covariate, until)
 
     @staticmethod
     def _asked_for(model: ModelSpec, variant: str | None, version: int | None) -> Variant:
@@ -261,7 +222,7 @@ class Router:
         if refused is not None:
             raise DataError(refused)
         probabilities = np.stack(rows)
-        answer = self._answered(target, [[best] for best in _best(probabilities, target.backend.spec.classes)], started)
+        answer = self._answered(target, [[best] for best in _best(probabilities, target.upstream.spec.classes)], started)
         self._mirror(answer, "classify", pictures, 1)
         return answer, probabilities
 
@@ -269,13 +230,13 @@ class Router:
         """Classify uint8 [N, H, W, 3]; returns probabilities, float32 [N, C], besides. Raises BusyError, DeadlineError."""
         started = time.perf_counter()
         probabilities: NDArray[np.float32] = await self._call(target, "classify_pixels", pixels)
-        answer = self._answered(target, [[best] for best in _best(probabilities, target.backend.spec.classes)], started)
+        answer = self._answered(target, [[best] for best in _best(probabilities, target.upstream.spec.classes)], started)
         self._mirror(answer, "classify_pixels", pixels)
         return answer, probabilities
 
     async def infer(self, target: Target, asked: protocol.Asked) -> protocol.Answered:
         """Answer a request of the Open Inference Protocol. Raises as `classify` does."""
-        pictures, spec = asked.pictures, target.backend.spec
+        pictures, spec = asked.pictures, target.upstream.spec
         call = self.classify_encoded(target, pictures) if isinstance(pictures, list) else self.classify_pixels(target, pictures)
         answer, probabilities = await call
         name = target.model.experiment.model
@@ -284,7 +245,7 @@ class Router:
     def metadata(self, model: str, version: int | None) -> dict[str, Any]:
         """Return what the Open Inference Protocol tells of a model. Raises NotFoundError."""
         backends = self.model(model).backends.values()
-        spec = self.target(model, None, version=version).backend.spec
+        spec = self.target(model, None, version=version).upstream.spec
         assert spec.choice is not None
         versions = sorted({other.version for other in backends})
         return protocol.model_metadata(model, versions, spec.classes, spec.weights_sha256, spec.image_size, spec.choice.backend)
@@ -300,7 +261,7 @@ class Router:
             ServingError: `label` is no class of the version.
             BusyError: too many requests are waiting for this variant.
         """
-        classes = target.backend.spec.classes
+        classes = target.upstream.spec.classes
         if label is not None and label not in classes:
             raise ServingError(f"label '{label}' is no class of version {target.variant.version}{near_miss(label, classes)}")
         explained: Explained = await self._call(replace(target, revision=NOT_COUNTED), "explain", picture, label, as_png)
@@ -311,7 +272,7 @@ class Router:
     async def _call(self, target: Target, method: str, *arguments: Any) -> Any:
         try:
             async with asyncio.timeout_at(target.until) as timeout:
-                return await self._call_backend(target.backend, method, *arguments)
+                return await target.upstream.ask(method, *arguments)
         except BackPressureError:
             self._log_error(target, "busy")
             raise BusyError(f"too many requests are waiting for '{target.model.experiment.model}'; try again") from None
@@ -324,29 +285,6 @@ class Router:
             if is_late:
                 raise DeadlineError(f"'{target.model.experiment.model}' had no answer in the time that the request has") from None
             raise
-
-    async def _call_backend(self, backend: Backend, method: str, *arguments: Any) -> Any:
-        self._count_in_flight(backend, 1)
-        try:
-            for attempt in range(1, ATTEMPTS + 1):
-                response = backend.methods[method].remote(*arguments)
-                try:
-                    return await response
-                except asyncio.CancelledError:
-                    response.cancel()  # drops what the replica has not begun
-                    raise
-                except (RayActorError, ReplicaUnavailableError):
-                    if attempt == ATTEMPTS:
-                        raise
-        finally:
-            self._count_in_flight(backend, -1)
-            if not backend.in_flight:
-                backend.idle.set()
-        raise AssertionError("unreachable")
-
-    def _count_in_flight(self, backend: Backend, change: int) -> None:
-        backend.in_flight += change
-        self._metrics.in_flight.set(backend.in_flight, {"backend": backend.spec.application})
 
     def _answered(self, target: Target, predictions: list[list[Prediction]], started: float) -> Answer:
         latency_ms = (time.perf_counter() - started) * 1000
@@ -370,8 +308,8 @@ class Router:
             return
         for shadow in target.model.experiment.variants:
             if shadow.is_shadow and secrets.randbelow(10**6) < shadow.mirror * 10**6 and len(self._mirrored) < MAX_MIRRORED:
-                backend = self._backends[target.model.backends[shadow.name].application]
-                copy = replace(target, variant=shadow, backend=backend)
+                upstream = self._upstreams[target.model.backends[shadow.name].application]
+                copy = replace(target, variant=shadow, upstream=upstream)
                 compares = method == "classify" and self._may_compare_saliency()
                 task = asyncio.get_running_loop().create_task(self._ask_shadow(copy, answer, compares, method, *arguments))
                 self._mirrored.add(task)
@@ -381,12 +319,12 @@ class Router:
         started = time.perf_counter()
         best: Sequence[Prediction | None]
         try:
-            best = _best(await self._call_backend(target.backend, method, *arguments), target.backend.spec.classes)
+            best = _best(await target.upstream.ask(method, *arguments), target.upstream.spec.classes)
         except Exception:  # of whatever kind: it is the shadow's, and counted as such
             best = [None] * len(answer.request_ids)
         latency_ms = (time.perf_counter() - started) * 1000
         label = answer.predictions[0][0]["label"]
-        saliency = [await self._saliency_similarity(target.backend, answer.target.backend, arguments[0][0], label) if compares else None]
+        saliency = [await self._saliency_similarity(target.upstream, answer.target.upstream, arguments[0][0], label) if compares else None]
         saliency += [None] * (len(best) - 1)
         for request_id, mine, answered, similarity in zip(answer.request_ids, best, answer.predictions, saliency, strict=True):
             self._log_assignment(target, request_id, mine, latency_ms if mine else None, answered[0]["label"], similarity)
@@ -398,10 +336,10 @@ class Router:
         self._saliency_asked = now
         return True
 
-    async def _saliency_similarity(self, shadow: Backend, answering: Backend, picture: bytes, label: str) -> float | None:
+    async def _saliency_similarity(self, shadow: Upstream, answering: Upstream, picture: bytes, label: str) -> float | None:
         """Return how alike the places are that spoke for a class in both networks; None where one of them has no heat map of it."""
         try:
-            asked = (self._call_backend(backend, "explain", picture, label, False) for backend in (shadow, answering))
+            asked = (upstream.ask("explain", picture, label, False) for upstream in (shadow, answering))
             one, other = (explained["heat_map"] for explained in await asyncio.gather(*asked))
         except Exception:  # of whatever kind: no user has asked for it
             return None
