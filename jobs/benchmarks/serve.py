@@ -67,12 +67,15 @@ class Server:
     backend: str = "auto"
     int8_agreement: float | None = None
     """Where given: a trained network, of which int8 may change so few answers; in the first regime alone."""
+    placement: str = "auto"
+    """Another one: in the second regime alone."""
 
 
 SERVERS = (
     Server(OURS, "eagleray", path="/predict/benchmark"),
     Server(OURS_INT8, "eagleray", path="/predict/benchmark", int8_agreement=0.98),
     Server("eagleray, torch-fp32", "eagleray", path="/predict/benchmark", backend="torch-fp32"),
+    Server("eagleray, replicas alone", "eagleray", path="/predict/benchmark", placement="replicas"),
     Server("bare FastAPI", "bare_fastapi", ("fastapi", "uvicorn[standard]")),
     Server("LitServe", "lit_serve", ("litserve", "python-multipart"), form_field="content"),
     Server("BentoML", "bento", ("bentoml",), form_field="images"),
@@ -90,7 +93,7 @@ class Sizes:
 
 
 FULL = Sizes((1, 8, 32), 8.0, 3, 600.0, SERVERS)
-QUICK = Sizes((1, 8), 4.0, 1, 60.0, SERVERS[:4])
+QUICK = Sizes((1, 8), 4.0, 1, 60.0, SERVERS[:5])
 
 
 @dataclass
@@ -115,6 +118,7 @@ class Bench:
             regime.task,
             port=_free_port(),
             backend=server.backend,
+            placement=server.placement,
             package=self.trained if is_trained else None,
             int8_agreement=server.int8_agreement,
         )
@@ -152,7 +156,9 @@ def _form(jpeg: bytes, name: str, boundary: str) -> bytes:
 def measure_peers(bench: Bench) -> None:
     """Closed loop in both regimes, each server alone on the machine, servers in turns."""
     for regime in (LARGE, SMALL):
-        servers = [server for server in bench.sizes.servers if regime is LARGE or server.int8_agreement is None]
+        servers = [
+            server for server in bench.sizes.servers if (server.placement == "auto" if regime is LARGE else server.int8_agreement is None)
+        ]
         found: dict[str, dict[int, list[dict[str, Any]]]] = {server.name: {} for server in servers}
         notes: dict[str, str] = {}
         for number in range(bench.sizes.rounds):

@@ -31,6 +31,7 @@ class ServeTask:
     Attributes:
         network: `resnet18`, or `cnn` (convolutions 3 → 32 → 64, one layer of 128).
         backend: eagleray's `serve.backend`; peers compute with eager PyTorch.
+        placement: eagleray's `serve.placement`.
         package: the network trained, as eagleray's package; None: with random weights.
         int8_agreement: eagleray's `serve.int8_agreement`.
     """
@@ -40,6 +41,7 @@ class ServeTask:
     num_classes: int
     port: int
     backend: str = "auto"
+    placement: str = "auto"
     package: str | None = None
     int8_agreement: float | None = None
 

@@ -49,7 +49,13 @@ def register_task(workspace: WorkspaceConfig, to_do: ServeTask, seed: int = 0) -
 
 
 def serving_config(to_do: ServeTask) -> ServingConfig:
-    options = {"port": to_do.port, "max_batch_size": MAX_BATCH_SIZE, "backend": to_do.backend, "int8_agreement": to_do.int8_agreement}
+    options = {
+        "port": to_do.port,
+        "max_batch_size": MAX_BATCH_SIZE,
+        "backend": to_do.backend,
+        "placement": to_do.placement,
+        "int8_agreement": to_do.int8_agreement,
+    }
     return ServingConfig.model_validate(options)
 
 
