@@ -128,6 +128,9 @@ def _start(num_cpus: int | None) -> None:
         logging_level=_level(),
         _system_config={"idle_worker_killing_time_threshold_ms": IDLE_WORKER_S * 1000},
     )
+    if not is_debug():
+        # It looks through all log files ten times a second, for drivers that print their lines; this one does not.
+        ray._private.worker._global_node.kill_log_monitor(check_alive=False)
 
 
 def _join(address: str) -> None:

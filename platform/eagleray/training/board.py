@@ -5,6 +5,7 @@ It imports nothing that takes long, so that the actor is up at once.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import ray
@@ -59,16 +60,28 @@ class Board:
 
     def __init__(self) -> None:
         self._news: list[News] = []
+        self._is_closed = False
+        self._has_something = asyncio.Event()
         self._is_stopping = False
         self._saves_asked = 0
         self._num_checkpoints = 0
 
     def post(self, news: News) -> None:
         self._news.append(news)
+        self._has_something.set()
 
-    def take(self) -> list[News]:
+    async def take(self) -> tuple[list[News], bool]:
+        """Wait for news; return them, and whether they are the last ones."""
+        await self._has_something.wait()
         news, self._news = self._news, []
-        return news
+        if not self._is_closed:
+            self._has_something.clear()
+        return news, self._is_closed
+
+    def close(self) -> None:
+        """Let who waits for news go."""
+        self._is_closed = True
+        self._has_something.set()
 
     def stop(self) -> None:
         self._is_stopping = True

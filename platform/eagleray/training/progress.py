@@ -129,13 +129,10 @@ class Watch:
 class Follower:
     """The driver's end: hands news on as they come, from a thread of its own."""
 
-    POLL_S = 0.2
-
     def __init__(self, on_news: Callable[[News], None]) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._on_news = on_news
-        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._error: Exception | None = None
 
@@ -144,17 +141,17 @@ class Follower:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._stop.set()
+        self.board.close.remote()
         self._thread.join()
         ray.kill(self.board)
         if error is None and self._error is not None:
             raise self._error
 
     def _follow(self) -> None:
-        stopping = False
-        while not stopping:
-            stopping = self._stop.wait(self.POLL_S)
-            for news in ray.get(self.board.take.remote()):
+        is_over = False
+        while not is_over:
+            some, is_over = ray.get(self.board.take.remote())
+            for news in some:
                 try:
                     self._on_news(news)
                 except Exception as error:  # the run goes on; it is raised at its end

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from ray._private.state import available_resources_per_node
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from eagleray import storage
@@ -172,7 +174,11 @@ def _free_resources(train: TrainingConfig) -> dict[str, float]:
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train lets nobody choose the policy of elastic runs from outside."""
+    """Ray Train lets nobody choose the policy of elastic runs from outside, nor leave out what a run has no use for."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        # Its actor waits for data sets that are given to the trainer; the workers' streams are their own.
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
