@@ -123,6 +123,16 @@ def test_auto_takes_the_fastest_back_end_that_is_right_and_measures_once(
 
     assert answered_by(Predictor(version.package_uri, 1), 0.05)
     assert deploy("auto") == row
+    again = registry.register(
+        "letters", package(f"{registry.workspace.models_uri}/again", 6, "letters", resnet, sample_pictures(32)), "", {}
+    )
+    versions, pair = {"champion": version, "challenger": again}, [*experiment.variants, Variant(name="challenger", version=2, weight=1)]
+    asked = config.model_copy(update={"backend": "auto", "backend_tolerance": 0.05, "int8_agreement": 0.5})
+    endpoint.deploy("letters", versions, new_experiment("letters", pair), asked, registry.workspace.experiments_uri)
+    challenger = endpoint.status()["models"]["letters"]["variants"]["challenger"]
+    assert row["backend"] in {tried["backend"] for tried in challenger["measured"]}
+    if challenger["backend"] == row["backend"]:  # what is right for one is most likely so for the other
+        assert {tried["backend"] for tried in challenger["measured"]} == {"torch-fp32", row["backend"]}
     assert deploy("openvino-int8")["backend"] == "openvino-int8"
     assert client.get("/v2/models/letters").json()["platform"] == "openvino"
     assert answered_by(Predictor(version.package_uri, 1, backend="openvino-int8"), 1e-3)

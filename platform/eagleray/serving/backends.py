@@ -121,11 +121,14 @@ def choose(
     preprocessing: Preprocessing,
     num_threads: int,
     examples: NDArray[np.uint8] | None = None,
+    like: BackendChoice | None = None,
 ) -> BackendChoice:
     """Try the back end that `config` names, or all of them with `auto`, and return the fastest whose answers are right.
 
     Args:
         examples: as of `build`; None: answers are compared on pictures that are made up, and there is no int8.
+        like: what was chosen, on the same terms, for other weights of the same network. It is as fast for these; if its answers are
+            right for them too, it is taken, and nothing else tried.
 
     Raises:
         ServingError: the one that is asked for by name cannot be had, or is off by more than `config` allows.
@@ -135,22 +138,34 @@ def choose(
     rows = {REFERENCE: Measured(backend=REFERENCE, drift=0.0, agreement=1.0)}
     expected, picture_s = _in_parts(computes[REFERENCE], pictures)
     limit_s = MAX_SLOWDOWN * picture_s if config.backend == "auto" else math.inf
-    for backend in _tried(config):
+
+    def try_out(backend: BackendName) -> None:
         rows[backend] = row = Measured(backend=backend)
         try:
             compute = build(backend, model, preprocessing, num_threads, examples)
             found, _ = _in_parts(compute, pictures, limit_s)
             if len(found) < len(pictures):
                 row.refused = f"takes more than {MAX_SLOWDOWN:g} times as long as {REFERENCE}"
-                continue
+                return
             row.drift = float(np.abs(found - expected).max())
             row.agreement = float((found.argmax(axis=1) == expected.argmax(axis=1)).mean())
         except Exception as error:  # whatever an exporter may meet in a network
             row.refused = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            continue
+            return
         row.refused = _refusal(row, config)
         if row.refused is None:
             computes[backend] = compute
+
+    if like is not None:
+        if like.backend != REFERENCE:
+            try_out(like.backend)
+        if like.backend in computes:
+            rates = {row.backend: row.images_per_s for row in like.measured}
+            measured = [row.model_copy(update={"images_per_s": rates.get(row.backend, {})}) for row in rows.values()]
+            return BackendChoice(backend=like.backend, measured=measured)
+    for backend in _tried(config):
+        if backend not in rows:
+            try_out(backend)
     wanted = config.backend
     if wanted != "auto" and wanted not in computes:
         raise ServingError(f"serve.backend {wanted}: {rows[wanted].refused}; set serve.backend: auto")
@@ -160,8 +175,11 @@ def choose(
     return BackendChoice(backend=best, measured=list(rows.values()))
 
 
-def choose_for_package(uri: str, config: ServingConfig, num_replicas: int) -> BackendChoice:
+def choose_for_package(uri: str, config: ServingConfig, num_replicas: int, like: BackendChoice | None = None) -> BackendChoice:
     """Load and verify the package at `uri`, and `choose` as `config` says, with a replica's share of this machine's cores.
+
+    Args:
+        like: as of `choose`.
 
     Raises:
         RegistryError: no package there, it does not verify, or nobody trusted has signed it.
@@ -171,7 +189,7 @@ def choose_for_package(uri: str, config: ServingConfig, num_replicas: int) -> Ba
 
     card, model = load_package(uri, config.trusted_keys)
     num_threads = threads_for(model, card.preprocessing, share_of_cores(num_replicas))
-    return choose(config, model, card.preprocessing, num_threads, load_examples(uri, card))
+    return choose(config, model, card.preprocessing, num_threads, load_examples(uri, card), like)
 
 
 def share_of_cores(num_replicas: int) -> int:

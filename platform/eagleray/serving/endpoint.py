@@ -302,6 +302,7 @@ def _backends(versions: Mapping[str, Version], config: ServingConfig) -> dict[st
             application=f"{version.name}-v{version.version}",
             package_uri=version.package_uri,
             weights_sha256=card.weights_sha256,
+            network=f"{card.model.model_dump_json(exclude={'pretrained'})} {card.preprocessing.image_size} {len(card.classes)}",
             image_size=card.preprocessing.image_size,
             classes=card.classes,
         )
@@ -313,7 +314,9 @@ def _apply(state: RouterState) -> None:
     before, needed = _applications(_state()), _applications(state)
     total = sum(config.max_replicas for _, config in needed.values())
     for name, (spec, config) in needed.items():
-        spec.choice = _known_choice(spec, config, before.get(name)) or _choose(spec, config, total)
+        spec.choice = _known_choice(spec, config, before.get(name)) or _choose(
+            spec, config, total, _choice_of_like(spec, config, needed, before)
+        )
     classifiers = [serve.RunTarget(_classifier(b, config, total), name, None, QUIET) for name, (b, config) in needed.items()]
     ingress_target = serve.RunTarget(_ingress_application(state), INGRESS_APPLICATION, "/", QUIET)
     # Only an ingress that has users must not hear of a version before it is up.
@@ -328,17 +331,29 @@ def _known_choice(spec: BackendSpec, config: ServingConfig, before: tuple[Backen
     if before is None:
         return spec.choice
     up, its = before
-    asked = [(s.weights_sha256, c.backend, c.backend_tolerance, c.int8_agreement, c.max_batch_size) for s, c in ((spec, config), (up, its))]
-    return up.choice if asked[0] == asked[1] else None
+    return up.choice if spec.weights_sha256 == up.weights_sha256 and _terms(config) == _terms(its) else None
 
 
-def _choose(spec: BackendSpec, config: ServingConfig, num_replicas: int) -> BackendChoice:
+def _choice_of_like(
+    spec: BackendSpec, config: ServingConfig, *states: dict[str, tuple[BackendSpec, ServingConfig]]
+) -> BackendChoice | None:
+    """Return what computes other weights of the same network, chosen on the same terms; None: there are none."""
+    known = (other for state in states for other in state.values())
+    return next((up.choice for up, its in known if up.choice and up.network == spec.network and _terms(config) == _terms(its)), None)
+
+
+def _terms(config: ServingConfig) -> tuple[Any, ...]:
+    """Return by what a back end is chosen."""
+    return config.backend, config.backend_tolerance, config.int8_agreement, config.max_batch_size
+
+
+def _choose(spec: BackendSpec, config: ServingConfig, num_replicas: int, like: BackendChoice | None) -> BackendChoice:
     """Measure on a node of the cluster what computes a version best; the reference needs none."""
     if config.backend == REFERENCE:
         return BackendChoice(backend=REFERENCE)
     measure = ray.remote(**actor_options(_CLASSIFIER_CPUS))(choose_for_package)
     try:
-        choice: BackendChoice = ray.get(measure.remote(spec.package_uri, config, num_replicas), timeout=START_TIMEOUT_S)
+        choice: BackendChoice = ray.get(measure.remote(spec.package_uri, config, num_replicas, like), timeout=START_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, EagleRayError) else error from None
     except ray.exceptions.GetTimeoutError:

@@ -53,6 +53,8 @@ class BackendSpec(BaseModel):
     """Its Ray Serve application."""
     package_uri: str
     weights_sha256: str
+    network: str = ""
+    """What it computes, but for the weights: equal for versions that are as fast as each other."""
     image_size: int
     classes: list[str]
     choice: BackendChoice | None = None

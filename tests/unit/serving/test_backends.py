@@ -19,7 +19,7 @@ from eagleray.config.schema import BACKENDS, BackendName, ModelConfig, ServingCo
 from eagleray.data.transforms import Preprocessing, normalize
 from eagleray.errors import ServingError
 from eagleray.models.zoo import build_model
-from eagleray.serving.backends import build, choose, sample_pictures, threads_for
+from eagleray.serving.backends import BackendChoice, Measured, build, choose, sample_pictures, threads_for
 
 SIZE = 64
 PREPROCESSING = Preprocessing(image_size=SIZE, eval_resize=SIZE)
@@ -89,6 +89,23 @@ def test_the_fastest_is_chosen_by_batches_of_all_sizes():
     assert all(set(measured) == {1, 8, 16} for measured in rates.values())
     assert choice.backend == max(rates, key=lambda backend: np.prod(list(rates[backend].values())))
     assert choice.speed_up is not None and choice.speed_up >= 1
+
+
+def test_other_weights_of_a_network_are_tried_with_what_was_chosen_before_alone():
+    config = ServingConfig(backend="auto", max_batch_size=2, backend_tolerance=0.1)
+    rates = {1: 30.0, 2: 50.0}
+    like = BackendChoice(backend="openvino-fp32", measured=[Measured(backend="openvino-fp32", images_per_s=rates)])
+    choice = choose(config, network("cnn", seed=1), PREPROCESSING, 1, like=like)
+    assert choice.backend == "openvino-fp32"
+    assert {row.backend: row.images_per_s for row in choice.measured} == {"torch-fp32": {}, "openvino-fp32": rates}
+    assert choice.measured[1].drift is not None and choice.measured[1].drift < 1e-4
+
+
+def test_where_it_is_not_right_for_the_new_weights_all_are_tried():
+    config = ServingConfig(backend="auto", max_batch_size=2, backend_tolerance=1e-12)
+    choice = choose(config, network("cnn"), PREPROCESSING, 1, like=BackendChoice(backend="openvino-fp32"))
+    assert choice.backend == "torch-fp32"
+    assert {row.backend for row in choice.measured} == set(BACKENDS) - {"openvino-int8"}
 
 
 def test_a_small_network_gets_one_thread_and_a_large_one_all():
