@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -420,6 +421,41 @@ def test_the_protocols_timeout_is_a_deadline_too(triton_client: triton.Inference
         triton_client.infer("slow", [images(pixels(1))], timeout=50_000)
     assert late.value.status() == "504"
     assert triton_client.infer("slow", [images(pixels(1))], timeout=30_000_000).as_numpy("probabilities").shape == (1, 10)
+
+
+def test_others_are_answered_while_a_version_that_is_taken_down_answers_what_waits_for_it(
+    client: httpx.Client, slow_model: str, registry: Registry, config: ServingConfig, tmp_path: Path
+) -> None:
+    """80 requests are with a version, eight seconds' work, when the next one takes over."""
+    quick = package(str(tmp_path / "package"), 6, "slow")
+    version = ModelVersion("slow", 2, quick, "", (), datetime.now(UTC), {})
+    only = new_experiment("slow", [Variant(name="champion", version=2, weight=1.0)])
+    ended = threading.Event()
+    statuses: set[int] = set()
+    seconds: list[float] = []
+
+    def ask_slow() -> None:
+        while not ended.is_set():
+            statuses.add(client.post("/predict/slow", content=picture(), timeout=60).status_code)
+
+    def ask_other() -> None:
+        while not ended.is_set():
+            begun = time.monotonic()
+            statuses.add(client.post("/predict/digits", content=picture(), timeout=60).status_code)
+            seconds.append(time.monotonic() - begun)
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(81) as pool:
+        for ask in (*[ask_slow] * 80, ask_other):
+            pool.submit(ask)
+        try:
+            time.sleep(1.0)
+            endpoint.deploy("slow", {"champion": version}, only, config, registry.workspace.experiments_uri)
+        finally:
+            ended.set()
+    assert statuses == {200}
+    assert max(seconds) < 4.0
+    assert client.get("/v2/models/slow").json()["versions"] == ["2"]
 
 
 # --- API keys ---------------------------------------------------------------------------------------------------

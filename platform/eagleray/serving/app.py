@@ -102,6 +102,9 @@ class Ingress(InferenceService):
         await self._keyring.use(new.keys_uri)
         await self._router.reconfigure(new)
 
+    async def drain(self) -> None:
+        await self._router.drain()
+
     async def state(self) -> dict[str, Any]:
         return self._router.state.model_dump(mode="json")
 

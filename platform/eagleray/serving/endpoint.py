@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -322,8 +323,11 @@ def _apply(state: RouterState) -> None:
     # Only an ingress that has users must not hear of a version before it is up.
     for targets in [classifiers, [ingress_target]] if _is_running() else [[*classifiers, ingress_target]]:
         run(targets)
-    for name in set(before) - set(needed):
-        serve.delete(name, _blocking=False)
+    if gone := set(before) - set(needed):
+        with suppress(ray.exceptions.RayError):  # an ingress that has just died has no requests any more
+            _ingress().drain.remote().result()
+        for name in gone:
+            serve.delete(name, _blocking=False)
 
 
 def _known_choice(spec: BackendSpec, config: ServingConfig, before: tuple[BackendSpec, ServingConfig] | None) -> BackendChoice | None:

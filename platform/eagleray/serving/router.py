@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from eagleray.config.schema import ServingConfig
+from eagleray.config.schema import REQUEST_TIMEOUT_S, ServingConfig
 from eagleray.errors import DataError, EagleRayError, ServingError, StorageError, near_miss
 from eagleray.serving import protocol
 from eagleray.serving.experiment import NOT_COUNTED, Experiment, Variant, assign
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 WATCHER_NAME = "Watcher"
 WATCHER_APPLICATION = "eagleray-watcher"
 
-DRAIN_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = REQUEST_TIMEOUT_S
 DECISION_TIMEOUT_S = 60.0
 
 MAX_MIRRORED = 64
@@ -119,6 +119,7 @@ class Router:
     def __init__(self) -> None:
         self.state = RouterState()
         self._upstreams: dict[str, Upstream] = {}
+        self._leaving: list[Upstream] = []
         self._logs: dict[str, ExperimentLog] = {}
         self._readers: dict[str, LogReader] = {}
         self._reading = asyncio.Lock()
@@ -128,7 +129,7 @@ class Router:
         self._metrics = RouterMetrics()
 
     async def reconfigure(self, state: RouterState) -> None:
-        """Take over a new state at once; return when no request is left with a backend that is gone from it.
+        """Take over a new state. Requests that are with a version that is gone from it go on there; see `drain`.
 
         Raises:
             StorageError: the experiments' folder cannot be used; the state stays as it was.
@@ -136,7 +137,7 @@ class Router:
         if state.experiments_uri is not None and state.experiments_uri != self.state.experiments_uri:
             self._signing_key = await asyncio.to_thread(load_signing_key, state.experiments_uri)
         wanted = {spec.application: (spec, model.config) for model in state.models.values() for spec in model.backends.values()}
-        removed = [upstream for name, upstream in self._upstreams.items() if name not in wanted]
+        self._leaving += [upstream for name, upstream in self._upstreams.items() if name not in wanted]
         self._upstreams = {name: self._upstreams.get(name) or Upstream(name, self._metrics.in_flight) for name in wanted}
         for name, (spec, config) in wanted.items():
             self._upstreams[name].update(spec, config)
@@ -144,7 +145,14 @@ class Router:
         for model in state.models.values():
             for name, share in model.experiment.shares.items():
                 self._metrics.share.set(share, {"model": model.experiment.model, "variant": name})
-        await asyncio.gather(*(upstream.drain(DRAIN_TIMEOUT_S) for upstream in removed))  # what hangs longer is ended with its replica
+
+    async def drain(self) -> None:
+        """Return when no request is left with a version that is gone.
+
+        Not to be waited for in `reconfigure`: as long as that takes, Ray Serve sends the ingress no requests.
+        """
+        leaving, self._leaving = self._leaving, []
+        await asyncio.gather(*(upstream.drain(DRAIN_TIMEOUT_S) for upstream in leaving))  # what hangs longer is ended with its replica
 
     async def close(self) -> None:
         """Make all log rows durable."""
