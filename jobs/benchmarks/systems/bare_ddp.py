@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import get_model
 
 
-def main(model: str, image_size: int, batch_size: int, num_classes: int, steps: int, warmup_steps: int) -> None:
-    """Time `steps` optimizer steps after `warmup_steps`; `batch_size` is one rank's."""
+def main(model: str, image_size: int, batch_size: int, num_classes: int, steps: int) -> None:
+    """Time `steps` optimizer steps; `batch_size` is one rank's."""
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
@@ -29,11 +29,9 @@ def main(model: str, image_size: int, batch_size: int, num_classes: int, steps: 
     images = torch.randn(4 * batch_size, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(num_classes, (4 * batch_size,), device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    start = 0.0
-    for step in range(warmup_steps + steps):
-        if step == warmup_steps:
-            dist.barrier()
-            start = time.perf_counter()
+    dist.barrier()
+    start = time.perf_counter()
+    for step in range(steps):
         part = slice(step % 4 * batch_size, (step % 4 + 1) * batch_size)
         with autocast:
             loss = nn.functional.cross_entropy(network(images[part]), targets[part])

@@ -355,7 +355,8 @@ def _choose(spec: BackendSpec, config: ServingConfig, num_replicas: int, like: B
     """Measure on a node of the cluster what computes a version best; the reference needs none."""
     if config.backend == REFERENCE:
         return BackendChoice(backend=REFERENCE)
-    measure = ray.remote(**actor_options(_CLASSIFIER_CPUS))(choose_for_package)
+    # Its process ends with it, rather than being kept, with all that the back ends have loaded, for whoever comes next.
+    measure = ray.remote(max_calls=1, **actor_options(_CLASSIFIER_CPUS))(choose_for_package)
     try:
         choice: BackendChoice = ray.get(measure.remote(spec.package_uri, config, num_replicas, like), timeout=START_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:
