@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from eagleray.cluster import fork_worker
@@ -145,3 +146,9 @@ def test_the_first_start_of_somebody_who_has_no_token_yet_works(tmp_path: Path) 
     result = subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False)
     assert result.stdout == "worked\n", result.stderr
     assert (tmp_path / ".ray" / "auth_token").exists()
+
+
+def test_nothing_reads_log_files_for_a_driver_that_prints_none_of_their_lines(ray_cluster: Connection) -> None:
+    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert any("gcs_server" in command for command in commands)
+    assert not any("log_monitor.py" in command for command in commands)

@@ -446,13 +446,14 @@ def test_others_are_answered_while_a_version_that_is_taken_down_answers_what_wai
             time.sleep(0.05)
 
     with ThreadPoolExecutor(81) as pool:
-        for ask in (*[ask_slow] * 80, ask_other):
-            pool.submit(ask)
+        asking = [pool.submit(ask) for ask in (*[ask_slow] * 80, ask_other)]
         try:
             time.sleep(1.0)
             endpoint.deploy("slow", {"champion": version}, only, config, registry.workspace.experiments_uri)
         finally:
             ended.set()
+        for asked in asking:
+            asked.result()
     assert statuses == {200}
     assert max(seconds) < 4.0
     assert client.get("/v2/models/slow").json()["versions"] == ["2"]

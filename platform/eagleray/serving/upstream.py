@@ -24,11 +24,11 @@ from eagleray.config.schema import ServingConfig
 from eagleray.serving import deployment
 from eagleray.serving.backends import INT8, BackendChoice
 
-METHODS = ("classify", "classify_encoded", "classify_pixels", "explain", "is_small")
-"""What replicas of a version are asked."""
-
-COPIES = ("classify", "classify_encoded", "classify_pixels")
+COPIED = ("classify", "classify_encoded", "classify_pixels")
 """What a copy is asked."""
+
+METHODS = (*COPIED, "explain", "is_small")
+"""What replicas of a version are asked."""
 
 ATTEMPTS = 3
 """A replica that dies under a request is replaced; the request is sent again."""
@@ -157,7 +157,7 @@ class _Copy:
         self._in_flight = 0
 
     def takes(self, method: str, pictures: Any) -> bool:
-        if method not in COPIES or self._in_flight >= self._max_requests:
+        if method not in COPIED or self._in_flight >= self._max_requests:
             return False
         return (sum(map(len, pictures)) if isinstance(pictures, list) else int(pictures.nbytes)) <= COPY_BYTES
 
