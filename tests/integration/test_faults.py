@@ -26,7 +26,7 @@ from eagleray.cluster.connect import Connection
 from eagleray.cluster.local_s3 import LocalS3
 from eagleray.config.schema import AugmentConfig, DataConfig
 from eagleray.data.plan import EpochPlan
-from eagleray.data.shards import Manifest, ReadOptions, encode_shard, read_row_groups
+from eagleray.data.shards import Manifest, ReadOptions, encode_shard, load_manifest, read_row_groups
 from eagleray.data.transforms import Preprocessing
 from eagleray.data.window import WindowDecoder
 from eagleray.errors import DataError, StorageError
@@ -154,6 +154,13 @@ def test_what_does_not_pass_is_not_tried_again(s3_store: S3Store, dataset: tuple
     with s3_store.proxy.fault(Fault("denied", SHARD)) as fault, pytest.raises(DataError, match=rf"{SHARD}.*access denied"):
         read_all(uri, manifest)
     assert fault.hits <= 2
+
+
+def test_a_data_set_that_is_not_there_is_told_from_a_bucket_that_is_not(s3_store: S3Store) -> None:
+    with pytest.raises(DataError, match=r"no data set there.*eagleray ingest SOURCE"):
+        load_manifest(storage.join(s3_store.bucket_uri, "no-such-data"))
+    with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
+        load_manifest("s3://no-such-bucket/data")
 
 
 @pytest.mark.parametrize("config", [{}, {"verify_checksums": True}], ids=["pages", "sha256"])

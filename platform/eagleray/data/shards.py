@@ -101,9 +101,10 @@ def load_manifest(uri: str) -> Manifest:
 
     Raises:
         DataError: there is no data set, or its manifest is damaged or of a newer version.
-        StorageError: the store cannot be reached.
+        StorageError: the store cannot be reached, or has no such bucket.
     """
     if not storage.exists(manifest_uri(uri)):
+        storage.check_access(uri)
         raise DataError(f"'{uri}': no data set there (no {MANIFEST_NAME}); make one with `eagleray ingest SOURCE {uri}`")
     try:
         manifest = Manifest.model_validate_json(storage.read_bytes(manifest_uri(uri)))
