@@ -293,14 +293,16 @@ def check_access(uri: str) -> None:
     open_uri(normal)
     from botocore.exceptions import BotoCoreError, ClientError
 
-    bucket = urlsplit(normal).netloc
+    place = urlsplit(normal)
+    bucket = place.netloc
     try:
-        _s3_client().head_bucket(Bucket=bucket)
+        # Not `head_bucket`: rights that are limited to a prefix, as those of cluster/policies, do not include it.
+        _s3_client().list_objects_v2(Bucket=bucket, Prefix=place.path.lstrip("/"), MaxKeys=1)
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         meaning = {
             404: f"the bucket '{bucket}' does not exist; create it or correct the name",
-            403: f"access to the bucket '{bucket}' was denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL",
+            403: f"access to the bucket '{bucket}' was denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and the key's rights there",
         }.get(int(status or 0), reason(error))
         raise StorageError(f"'{uri}': {meaning}") from error
     except BotoCoreError as error:

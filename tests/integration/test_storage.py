@@ -6,12 +6,15 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import S3Store
 
 from eagleray import storage
-from eagleray.errors import StorageError
+from eagleray.cluster.local_s3 import LocalS3
+from eagleray.data.shards import load_manifest
+from eagleray.errors import DataError, StorageError
 from eagleray.ports import free_ports
 
 
@@ -60,6 +63,33 @@ def test_a_wrong_key_is_named(s3_store: S3Store, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StorageError, match="denied; check AWS_ACCESS_KEY_ID"):
         storage.check_access(s3_store.bucket_uri)
+
+
+class _WithNarrowRights(LocalS3):
+    """A store with a second user, who has rights on what is under `data` alone, as those of cluster/policies have."""
+
+    def _identities(self) -> dict[str, Any]:
+        credentials = [{"accessKey": "narrow", "secretKey": "narrow-secret"}]
+        actions = [f"{verb}:bucket/data/*" for verb in ("Read", "Write", "List")]
+        users = super()._identities()["identities"]
+        return {"identities": [*users, {"name": "narrow", "credentials": credentials, "actions": actions}]}
+
+
+@pytest.mark.slow
+def test_rights_on_a_folder_of_a_bucket_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _WithNarrowRights(tmp_path) as store:
+        for name, value in store.environment().items():
+            monkeypatch.setenv(name, value)
+        bucket = store.create_bucket("bucket")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "narrow")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "narrow-secret")
+        target = storage.join(bucket, "data", "digits")
+        storage.check_access(target)
+        with pytest.raises(DataError, match="no data set there"):
+            load_manifest(target)
+        assert storage.write_bytes_if_absent(storage.join(target, "claim"), b"1")
+        with pytest.raises(StorageError, match="access to the bucket 'bucket' was denied"):
+            storage.check_access(storage.join(bucket, "others"))
 
 
 def test_a_store_that_does_not_answer_is_told_of_while_it_is_waited_for(
